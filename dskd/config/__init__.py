@@ -1,0 +1,1 @@
+"""The run file as typed, torch-free dataclasses. The string under a field is its help (`dskd settings`)."""

@@ -1,0 +1,31 @@
+"""Settings of the records and their tokenization."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dskd.config.errors import require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: Path
+    """Training records: one JSON object a line, {"prompt": text, "output": text or list of texts}."""
+    dev: Path
+    """Records that every evaluation during training uses."""
+    max_length: int = 512
+    """Tokens of prompt and response together, on each side; longer responses are cut at the end."""
+    max_prompt_length: int = 256
+    """Tokens of the prompt; longer prompts lose their beginning."""
+    bos: bool = False
+    """Put the tokenizer's BOS token before the prompt."""
+    workers: int = 1
+    """Processes for each rank that tokenize and align ahead of the training thread; 0 does it on that thread."""
+
+    def __post_init__(self) -> None:
+        require(self.max_prompt_length > 0, "max_prompt_length", f"must be above 0, got {self.max_prompt_length}")
+        require(
+            self.max_prompt_length < self.max_length,
+            "max_prompt_length",
+            f"must be below max_length ({self.max_length}) so that a response fits, got {self.max_prompt_length}",
+        )
+        require(self.workers >= 0, "workers", f"must not be negative, got {self.workers}")

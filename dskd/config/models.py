@@ -1,0 +1,42 @@
+"""Settings of the student and the teacher."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dskd.config.errors import require
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 256
+    """Rank of the low-rank update."""
+    alpha: int = 8
+    """Scale of the update; it is multiplied by alpha / rank."""
+    dropout: float = 0.1
+    """Dropout before the update, in [0, 1)."""
+    targets: tuple[str, ...] = ()
+    """Endings of the module names to adapt, or [all-linear]; empty takes PEFT's choice for the model's family."""
+
+    def __post_init__(self) -> None:
+        require(self.rank > 0, "rank", f"must be above 0, got {self.rank}")
+        require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    path: Path
+    """Folder of the student as Hugging Face saves it: config.json, safetensors weights, tokenizer."""
+    lora: LoraConfig | None = None
+    """Train a low-rank adapter instead of all weights."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model's folder. Leave it off unless you have read that code."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    path: Path
+    """Folder of the teacher as Hugging Face saves it."""
+    adapter: Path | None = None
+    """Folder of a LoRA adapter that is merged into the teacher after loading."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model's folder. Leave it off unless you have read that code."""

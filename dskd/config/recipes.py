@@ -1,0 +1,39 @@
+"""The run files that come with dskd: jobs/, one YAML a run; those that begin with _ are only there to be extended."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import dskd
+from dskd.config.errors import UserError
+from dskd.config.load import read_layers
+
+
+@dataclass(frozen=True)
+class Recipe:
+    file: Path
+    method: str
+    description: str
+
+
+def recipes_folder() -> Path:
+    """jobs/ of the installed package, or of the checkout that it runs from."""
+    package = Path(dskd.__file__).parent
+    return next((f for f in (package / "jobs", package.parent / "jobs") if f.is_dir()), Path("jobs"))
+
+
+def find_recipes(folder: Path | None = None) -> list[Recipe]:
+    """All recipes under `folder`, by name. Raises `UserError` where it holds none or one cannot be read."""
+    root = folder or recipes_folder()
+    files = sorted(f for f in root.rglob("*.yaml") if not f.name.startswith("_"))
+    if not files:
+        raise UserError(f"recipes: no run files (*.yaml) under {root}")
+    return [recipe(file) for file in files]
+
+
+def recipe(file: Path) -> Recipe:
+    values, _ = read_layers(file)
+    method = values.get("method")
+    kind = method.get("kind", "") if isinstance(method, dict) else ""
+    here = Path.cwd()
+    shown = file.relative_to(here) if file.is_relative_to(here) else file
+    return Recipe(shown, str(kind), str(values.get("description", "")))

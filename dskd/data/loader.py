@@ -1,0 +1,99 @@
+"""The batches of a run: a pure function of (seed, step, rank, world size, global batch). Resuming needs no state."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from dskd.data.batch import Batch, collate
+from dskd.data.records import Record
+from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which records each micro-batch holds.
+
+    A step's global batch is cut into micro-batches in a way that does not depend on the number of ranks; rank r takes
+    every world_size-th of them. Within the global batch, records of like length stand together: less padding, and
+    ranks that work at the same time have equally much to do.
+    """
+
+    sizes: tuple[int, ...]
+    """Length of each record in characters."""
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.sizes) // self.global_batch_size
+
+    def global_batch(self, step: int) -> list[int]:
+        """Record indices of optimizer step `step` (from 0), ordered by length."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes))
+        batch = order[within * self.global_batch_size : (within + 1) * self.global_batch_size].tolist()
+        return sorted(batch, key=lambda index: (self.sizes[index], index))
+
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[list[int]]:
+        """Record indices of each micro-batch that `rank` runs in `step`."""
+        batch, size = self.global_batch(step), self.micro_batch_size
+        return [batch[i : i + size] for i in range(rank * size, len(batch), world_size * size)]
+
+
+@dataclass
+class Collator:
+    """Record indices -> Batch, in a worker process: tokenizes with both tokenizers, each record once."""
+
+    records: Sequence[Record]
+    student: Tokenizer
+    teacher: Tokenizer | None
+    """None where there is no teacher, or it shares the student's vocabulary."""
+    limits: Limits
+    samples: dict[int, tuple[Sample, Sample | None]] = field(default_factory=dict)
+    """What this process has tokenized so far."""
+
+    def __call__(self, indices: Sequence[int]) -> Batch:
+        pairs = [self.sample(index) for index in indices]
+        student = collate([pair[0] for pair in pairs])
+        teacher_samples = [pair[1] for pair in pairs if pair[1] is not None]
+        return Batch(tuple(indices), student, collate(teacher_samples) if teacher_samples else student)
+
+    def sample(self, index: int) -> tuple[Sample, Sample | None]:
+        if index not in self.samples:
+            record = self.records[index]
+            teacher = tokenize(self.teacher, record, self.limits) if self.teacher is not None else None
+            self.samples[index] = (tokenize(self.student, record, self.limits), teacher)
+        return self.samples[index]
+
+
+class Steps(Dataset[list[Batch]]):
+    """Item k: the micro-batches of one rank in step k."""
+
+    def __init__(self, plan: Plan, collator: Collator, rank: int, world_size: int) -> None:
+        self.plan, self.collator, self.rank, self.world_size = plan, collator, rank, world_size
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return [self.collator(indices) for indices in self.plan.micro_batches(step, self.rank, self.world_size)]
+
+
+def load_steps(steps: Steps, first: int, last: int, workers: int, pin_memory: bool) -> Iterator[list[Batch]]:
+    """The micro-batches of steps first..last-1, made ahead by `workers` processes that live as long as the iterator."""
+    loader = DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=pin_memory)
+    return iter(loader)
+
+
+def evaluation_batches(collator: Collator, size: int, rank: int, world_size: int) -> Iterator[tuple[Batch, bool]]:
+    """All records, split over the ranks in batches of `size`, each with whether it counts.
+
+    Every rank gets the same number of batches, since under ZeRO-3 all must run each forward; a rank that has run out
+    repeats its first records, which do not count.
+    """
+    order = sorted(range(len(collator.records)), key=lambda i: (len(collator.records[i].prompt), i))
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    for round_ in range(-(-len(batches) // world_size)):
+        index = round_ * world_size + rank
+        counts = index < len(batches)
+        yield collator(batches[index] if counts else batches[0]), counts

@@ -1,0 +1,107 @@
+"""What a run tells: train.log, metrics.jsonl, a progress bar on a terminal, TensorBoard where it is installed."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LOG = logging.getLogger("dskd")
+PLAIN_SECONDS = 10.0
+"""Where there is no terminal, a line at most this often."""
+
+
+class Monitor:
+    """Writes a run's log and metrics on the main rank; silent on the others."""
+
+    def __init__(self, directory: Path, total_steps: int, is_main: bool) -> None:
+        self.directory, self.total_steps, self.is_main = directory, total_steps, is_main
+        self.stack = ExitStack()
+        self.last_line, self.started, self.first = 0.0, time.monotonic(), 0
+
+    def __enter__(self) -> Self:
+        LOG.setLevel(logging.INFO)
+        LOG.propagate = False
+        if not self.is_main:
+            return self
+        self.metrics = self.stack.enter_context((self.directory / "metrics.jsonl").open("a", encoding="utf-8"))
+        self.console = Console(stderr=True)
+        self.add_handler(logging.FileHandler(self.directory / "train.log", encoding="utf-8"), "%(asctime)s %(message)s")
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+            )
+            self.progress = self.stack.enter_context(Progress(*columns, console=self.console))
+            self.task = self.progress.add_task("train", total=self.total_steps, figures="")
+            self.add_handler(_AboveBar(self.progress), "%(message)s")
+        else:
+            self.add_handler(logging.StreamHandler(sys.stderr), "%(message)s")
+        self.board = self.tensorboard()
+        return self
+
+    def add_handler(self, handler: logging.Handler, format_: str) -> None:
+        handler.setFormatter(logging.Formatter(format_))
+        LOG.addHandler(handler)
+        self.stack.callback(handler.close)
+        self.stack.callback(LOG.removeHandler, handler)
+
+    def tensorboard(self) -> Any:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError:
+            return None
+        writer = SummaryWriter(str(self.directory / "tensorboard"))
+        self.stack.callback(writer.close)
+        return writer
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stack.close()
+
+    def step(self, figures: Mapping[str, float | int]) -> None:
+        """One optimizer step: a line in metrics.jsonl, and the progress shown."""
+        self.write(figures)
+        if not self.is_main:
+            return
+        self.first = self.first or int(figures["step"])
+        done, short = int(figures["step"]), f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:.0f} tokens/s"
+        if self.console.is_terminal:
+            self.progress.update(self.task, completed=done, figures=short)
+        elif time.monotonic() - self.last_line > PLAIN_SECONDS or done == self.total_steps:
+            self.last_line = time.monotonic()
+            left = (self.total_steps - done) * (self.last_line - self.started) / (done - self.first + 1)
+            LOG.info(f"step {done}/{self.total_steps}  {short}  about {left / 60:.1f} min left")
+
+    def write(self, figures: Mapping[str, float | int | str]) -> None:
+        """One object in metrics.jsonl, and the same on TensorBoard."""
+        if not self.is_main:
+            return
+        self.metrics.write(json.dumps(figures) + "\n")
+        self.metrics.flush()
+        if self.board is not None:
+            for name, value in figures.items():
+                if name != "step" and not isinstance(value, str):
+                    self.board.add_scalar(name, value, int(figures["step"]))
+
+
+class _AboveBar(logging.Handler):
+    """Prints log lines above the progress bar instead of through it."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.console.print(self.format(record), markup=False, highlight=False)

@@ -1,0 +1,108 @@
+"""Distances between the student's and the teacher's distribution, with their gradients written out.
+
+Each takes logits [n, V] that are divided by the temperature already and returns the distance of each token [n] and its
+gradient with respect to the student's logits [n, V]. p is the student's distribution, q the teacher's. For a distance
+whose derivative with respect to p_i is a_i, the gradient with respect to logit i is p_i (a_i - sum_j p_j a_j).
+Definitions: arXiv 2406.17328, section 2.2 and appendix.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dskd.config.methods import DistillationConfig
+
+Distance = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def distance(settings: DistillationConfig) -> Distance:
+    """The distance a run asks for, as a function of undivided logits: temperatures are applied, and the chain rule."""
+    inner: dict[str, Distance] = {
+        "forward_kl": forward_kl,
+        "reverse_kl": reverse_kl,
+        "js_divergence": js_divergence,
+        "skewed_forward_kl": partial(skewed_forward_kl, skew=settings.skew),
+        "skewed_reverse_kl": partial(skewed_reverse_kl, skew=settings.skew),
+        "adaptive_kl": partial(adaptive_kl, alpha=settings.adaptive_alpha),
+    }
+    return at_temperature(inner[settings.divergence], settings.temperature, settings.teacher_temperature)
+
+
+def at_temperature(inner: Distance, temperature: float, teacher_temperature: float = 1.0) -> Distance:
+    def outer(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = inner(student / temperature, teacher / (temperature * teacher_temperature))
+        return value, grad.div_(temperature)
+
+    return outer
+
+
+def through_softmax(probs: Tensor, slope: Tensor) -> Tensor:
+    """Gradient with respect to logits, from `slope` [n, V], that with respect to probabilities (overwritten)."""
+    mean = torch.linalg.vecdot(probs, slope).unsqueeze_(-1)
+    return slope.sub_(mean).mul_(probs)
+
+
+def log_of_mixture(mixture: Tensor) -> Tensor:
+    # Where both sides underflow to 0 the log must stay finite, or 0 x -inf makes the distance NaN.
+    return mixture.clamp_min_(torch.finfo(mixture.dtype).tiny).log()
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p)."""
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    q = log_q.exp()
+    value = torch.linalg.vecdot(q, log_q.sub_(log_p))
+    return value, log_p.exp_().sub_(q)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q)."""
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    p = log_p.exp()
+    ratio = log_p.sub_(log_q)
+    value = torch.linalg.vecdot(p, ratio)
+    return value, ratio.sub_(value.unsqueeze(-1)).mul_(p)
+
+
+def js_divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2."""
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = log_of_mixture(torch.lerp(p, q, 0.5))
+    to_p = log_p.sub_(log_m)
+    value = (torch.linalg.vecdot(p, to_p) + torch.linalg.vecdot(q, log_q.sub_(log_m))) / 2
+    return value, through_softmax(p, to_p.div_(2))
+
+
+def skewed_forward_kl(student: Tensor, teacher: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    """KL(q || m) with m = skew q + (1 - skew) p."""
+    p, log_q = student.softmax(-1), teacher.log_softmax(-1)
+    q = log_q.exp()
+    mixed = torch.lerp(p, q, skew)
+    value = torch.linalg.vecdot(q, log_q.sub_(log_of_mixture(mixed)))
+    return value, through_softmax(p, q.div_(mixed).mul_(skew - 1))
+
+
+def skewed_reverse_kl(student: Tensor, teacher: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    """KL(p || m) with m = (1 - skew) q + skew p."""
+    log_p, q = student.log_softmax(-1), teacher.softmax(-1)
+    p = log_p.exp()
+    mixed = torch.lerp(q, p, skew)
+    ratio = log_p.sub_(log_of_mixture(mixed))
+    value = torch.linalg.vecdot(p, ratio)
+    return value, through_softmax(p, ratio.sub_(mixed.reciprocal_().mul_(p).mul_(skew)))
+
+
+def adaptive_kl(student: Tensor, teacher: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Forward and reverse KL, weighed by where p and q differ: the head of q (mass alpha) or its tail (AKL)."""
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    sorted_q, order = q.sort(-1)
+    gap = (q.sub_(p)).abs_().gather(-1, order)
+    tail = torch.linalg.vecdot(gap, sorted_q.cumsum_(-1).lt_(alpha))
+    weight = (1 - tail / gap.sum(-1).clamp_min_(torch.finfo(gap.dtype).tiny)).unsqueeze(-1)
+    del p, q, sorted_q, order, gap
+    forward, forward_grad = forward_kl(student, teacher)
+    reverse, reverse_grad = reverse_kl(student, teacher)
+    return torch.lerp(reverse, forward, weight.squeeze(-1)), reverse_grad.lerp_(forward_grad, weight)

@@ -1,0 +1,58 @@
+"""What a method sees of a model and of a micro-batch: plain tensors."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap); None: no cap."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The response tokens of a micro-batch, flat over its samples. N tokens, D the model's hidden size."""
+
+    hidden: Tensor  # [N, D], the last hidden state that predicts each token
+    inputs: Tensor  # [N], the token at that place
+    labels: Tensor  # [N], the token to predict
+    lengths: tuple[int, ...]  # tokens of each sample; their sum is N
+
+
+class Model(Protocol):
+    """Access to a model's weights at the time of the call (under ZeRO-3 they are whole only inside a forward)."""
+
+    hidden_size: int
+    vocab_size: int
+    """Width of the head, padding included."""
+
+    def head(self) -> Head: ...
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [N, D] of ids [N], detached."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum over tokens and how many tokens it is over; the mean is taken once, over the global batch."""
+
+    value: Tensor  # scalar, detached
+    count: int
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    loss: Tensor
+    """Scalar to call backward on: the scaled sum of the parts."""
+    parts: dict[str, Tensor]
+    """Unscaled sum of each part, detached."""
+    metrics: dict[str, Sum]
+    """Anything else worth logging, such as token accuracy."""

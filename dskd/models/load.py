@@ -1,0 +1,103 @@
+"""Tokenizers, students and teachers from Hugging Face folders: safetensors only, no remote code unless asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from dskd.config.errors import UserError
+from dskd.config.models import LoraConfig, StudentConfig, TeacherConfig
+
+hf_logging.disable_progress_bar()
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_tokenizer(folder: Path, key: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder. Raises `UserError` naming `key` where there is none that loads."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{key}: no tokenizer loads from {folder}: {first_line(error)}") from None
+
+
+def load_causal_lm(folder: Path, key: str, precision: str, trust_remote_code: bool) -> Any:
+    """A decoder with all its weights. Raises `UserError` where the folder does not hold them."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[precision],
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{key}: no causal language model loads from {folder}: {first_line(error)}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"{key}: {folder} lacks {len(missing)} weight(s) of its architecture, first {missing[0]}")
+    model.config.use_cache = False
+    return model
+
+
+def load_student(settings: StudentConfig, precision: str, gradient_checkpointing: bool) -> nn.Module:
+    """The model to train; with LoRA only the adapter's weights require gradients."""
+    model = load_causal_lm(settings.path, "student.path", precision, settings.trust_remote_code)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model if settings.lora is None else add_lora(model, settings.lora)
+
+
+def add_lora(model: Any, settings: LoraConfig) -> nn.Module:
+    targets: Any = list(settings.targets) or None
+    if settings.targets == ("all-linear",):
+        targets = "all-linear"
+    config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+    )
+    try:
+        adapted: nn.Module = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"student.lora.targets: {first_line(error)}") from None
+    return adapted
+
+
+def load_teacher(settings: TeacherConfig, precision: str, device: torch.device) -> nn.Module:
+    """The frozen teacher on `device`, its adapter merged in."""
+    model = load_causal_lm(settings.path, "teacher.path", precision, settings.trust_remote_code)
+    if settings.adapter is not None:
+        model = merge_adapter(model, settings.adapter, "teacher.adapter")
+    frozen: nn.Module = model.to(device).eval().requires_grad_(False)
+    return frozen
+
+
+def merge_adapter(model: Any, adapter: Path, key: str) -> Any:
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{key}: the adapter in {adapter} does not fit the model: {first_line(error)}") from None
+
+
+def load_checkpoint(folder: Path, precision: str, device: torch.device) -> Any:
+    """A saved student for evaluation: a whole model, or a LoRA adapter merged into the base model it names."""
+    if (folder / "adapter_config.json").is_file():
+        base = Path(PeftLoraConfig.from_pretrained(str(folder)).base_model_name_or_path)
+        if not base.is_dir():
+            raise UserError(f"{folder}: the adapter's base model is not at {base}")
+        model = merge_adapter(load_causal_lm(base, str(folder), precision, False), folder, str(folder))
+    else:
+        model = load_causal_lm(folder, str(folder), precision, False)
+    return model.to(device).eval()
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
