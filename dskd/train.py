@@ -99,19 +99,20 @@ def train_step(job: Prepared, step: int, micro_batches: Sequence[Batch]) -> dict
     """One optimizer step, number `step` from 1; returns its figures, the same on every rank.
 
     The one place where sums become means: each part's scale holds its weight and the division by the response tokens of
-    the global batch, and undoes DeepSpeed's averaging over the ranks.
+    the global batch, and undoes DeepSpeed's averaging over ranks and micro-batches.
     """
     started = time.monotonic()
     ranks, engine, method = job.ranks, job.engine, job.distiller.method
     tokens = ranks.sum_int(sum(len(batch.student.labels) for batch in micro_batches))
-    scales = {part: weight * ranks.world_size / max(tokens, 1) for part, weight in method.weights.items()}
+    undo = ranks.world_size * len(micro_batches)
+    scales = {part: weight * undo / max(tokens, 1) for part, weight in method.weights.items()}
     rates = learning_rates(job.run.train, step, job.total_steps)
     set_learning_rates(engine, rates)
     outputs: list[LossOutput] = []
     for index, micro_batch in enumerate(micro_batches, start=1):
         batch = micro_batch.to(ranks.device)
         output = engine(batch, teacher_tokens(job.teacher, batch), scales)
-        engine.backward(output.loss, scale_wrt_gas=False)
+        engine.backward(output.loss)
         outputs.append(output)
         if index < len(micro_batches):
             engine.step()  # counts the micro-batch; the weights are still untouched
@@ -142,7 +143,7 @@ def total(outputs: Sequence[LossOutput], ranks: Ranks) -> tuple[dict[str, float]
     parts, metrics = list(outputs[0].parts), list(outputs[0].metrics)
     sums = [sum_of(o.parts[name] for o in outputs) for name in parts]
     sums += [sum_of(o.metrics[name].value for o in outputs) for name in metrics]
-    counts = torch.tensor([float(sum(o.metrics[name].count for o in outputs)) for name in metrics])
+    counts = torch.tensor([float(sum(o.metrics[name].tokens for o in outputs)) for name in metrics])
     values = torch.cat([torch.stack(sums).double(), counts.to(sums[0].device, torch.float64)])
     found = ranks.sum(values).tolist()
     n, m = len(parts), len(metrics)
@@ -204,7 +205,7 @@ def evaluate_dev(job: Prepared) -> Scores:
         output = engine(batch.to(ranks.device), None, {"ce": 1.0})
         outputs.append(output if counts else LossOutput(nothing, {"ce": nothing}, {"accuracy": Sum(nothing, 0)}))
     parts, metrics = total(outputs, ranks)
-    tokens = ranks.sum_int(sum(o.metrics["accuracy"].count for o in outputs))
+    tokens = ranks.sum_int(sum(o.metrics["accuracy"].tokens for o in outputs))
     rougel = exact_match = None
     if run.eval.generate:
         student = job.distiller.student

@@ -1,7 +1,11 @@
-"""What a method sees of a model and of a micro-batch: plain tensors."""
+"""What a method sees of a model and of a micro-batch: plain tensors.
+
+What goes into and comes out of a method are named tuples and no dataclasses: DeepSpeed hooks the tensors that it finds in
+a module's inputs and outputs, to gather a sharded head before the backward pass, and it does not look into dataclasses.
+"""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -16,8 +20,7 @@ class Head:
     softcap: float | None = None
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """The response tokens of a micro-batch, flat over its samples. N tokens, D the model's hidden size."""
 
     hidden: Tensor  # [N, D], the last hidden state that predicts each token
@@ -40,16 +43,14 @@ class Model(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Sum:
+class Sum(NamedTuple):
     """A sum over tokens and how many tokens it is over; the mean is taken once, over the global batch."""
 
     value: Tensor  # scalar, detached
-    count: int
+    tokens: int
 
 
-@dataclass(frozen=True)
-class LossOutput:
+class LossOutput(NamedTuple):
     loss: Tensor
     """Scalar to call backward on: the scaled sum of the parts."""
     parts: dict[str, Tensor]

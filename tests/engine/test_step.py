@@ -1,0 +1,132 @@
+"""One training step, in this process: what it never allocates, what stops it, how a method is added."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dskd.config.errors import UserError
+from dskd.config.load import load_run
+from dskd.config.methods import MethodConfig
+from dskd.config.training import TrainConfig
+from dskd.losses import METHODS
+from dskd.losses.method import Method
+from dskd.losses.sft import cross_entropy
+from dskd.losses.streaming import StreamedLogits, attach_gradients
+from dskd.losses.tensors import LossOutput
+from dskd.train import learning_rates, prepare, train, train_step
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def long_records(folder, count=8):
+    """Like Dolly at max_length 512: prompts fill three quarters, responses one."""
+    words = ["river", "stone", "light", "garden", "seven", "winter", "music", "paper"]
+    for name in ("train", "dev"):
+        with (folder / f"{name}.jsonl").open("w") as out:
+            for i in range(count):
+                prompt = " ".join(words[(i + j) % 8] for j in range(600))
+                answer = " ".join(words[(i * j) % 8] for j in range(600))
+                out.write(json.dumps({"prompt": prompt, "output": answer}) + "\n")
+
+
+@pytest.mark.parametrize("kind", ["sft", "kd", "dskd_cma"])
+def test_no_tensor_of_batch_times_length_times_vocabulary(kind, make_run, tmp_path, ranks):
+    sizes = {"train": {"global_batch_size": 4, "micro_batch_size": 4}, "engine": {"loss_memory_mb": 1}}
+    run_file = make_run(tmp_path, method={"kind": kind}, **sizes)
+    long_records(tmp_path)
+    run = load_run(run_file, ["data.max_length=512", "data.max_prompt_length=384", "data.workers=0"])
+    job = prepare(run, ranks)
+    batch = job.train(job.plan.micro_batches(0, 0, 1)[0])
+    assert batch.student.input_ids.shape == (4, 512)
+    train_step(job, 1, [batch])  # the first step also makes the optimizer's state
+    with Largest() as largest:
+        train_step(job, 2, [batch])
+    widths = [view.vocab_size for view in (job.distiller._view[0], job.teacher) if view is not None]
+    assert largest.numel < 4 * 512 * min(widths)
+
+
+def test_a_non_finite_loss_stops_the_run_before_the_weights_are_touched(make_run, tmp_path, ranks):
+    run_file = make_run(tmp_path, method={"kind": "dskd_cma"}, train={"global_batch_size": 8, "micro_batch_size": 4})
+    job = prepare(load_run(run_file), ranks)
+    batches = [job.train(indices) for indices in job.plan.micro_batches(0, 0, 1)]
+    with torch.no_grad():
+        job.distiller.method.t2s.weight.fill_(math.inf)
+    before = {name: p.detach().clone() for name, p in job.distiller.student.named_parameters()}
+    records = ", ".join(map(str, sorted(i for b in batches for i in b.records)))
+    with pytest.raises(
+        UserError, match=rf"step 1: the loss is not finite in part .*t2s_ce.*training records {records} "
+    ):
+        train_step(job, 1, batches)
+    after = dict(job.distiller.student.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_parts_are_means_over_the_global_batch_however_it_is_cut(make_run, tmp_path, ranks):
+    figures = []
+    for micro in (2, 8):
+        run_file = make_run(tmp_path, method={"kind": "kd"}, train={"global_batch_size": 8, "micro_batch_size": micro})
+        job = prepare(load_run(run_file), ranks)
+        batches = [job.train(indices) for indices in job.plan.micro_batches(0, 0, 1)]
+        figures.append([train_step(job, step, batches) for step in (1, 2)])
+    for a, b in zip(*figures, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_method_is_added_from_outside(make_run, tmp_path, ranks, monkeypatch):
+    """One class, its settings, one line in the table."""
+    monkeypatch.setattr(MethodConfig, "kinds", dict(MethodConfig.kinds))
+
+    @dataclass(frozen=True)
+    class ToyConfig(MethodConfig, kind="toy", teacher="none"):
+        """Cross-entropy, weighed."""
+
+        weight: float = 1.0
+        """Weight."""
+
+    class Toy(Method):
+        def __init__(self, settings, student, teacher, memory_mb):
+            super().__init__(settings, student, teacher, memory_mb)
+            self.weights = {"ce": settings.weight}
+
+        def forward(self, student, teacher, scales):
+            streamed = StreamedLogits(student.hidden, self.student.head(), grad_head=True)
+            with torch.no_grad():
+                value, grad = cross_entropy(streamed.logits(slice(None)), student.labels)
+                streamed.backward(slice(None), grad * scales["ce"])
+            parts = {"ce": value.sum()}
+            loss = attach_gradients(self.scaled(parts, scales), streamed.gradients(student.hidden))
+            return LossOutput(loss, parts, {})
+
+    monkeypatch.setitem(METHODS, "toy", Toy)
+    sizes = {"max_steps": 3, "global_batch_size": 8}
+    run = load_run(make_run(tmp_path, method={"kind": "sft"}, train=sizes), ["method={kind: toy, weight: 2.0}"])
+    directory = train(run, ranks)
+    plain = train(replace(run, method=MethodConfig.kinds["sft"]()), ranks)
+    toy, sft = ([json.loads(x) for x in (d / "metrics.jsonl").read_text().splitlines()] for d in (directory, plain))
+    assert toy[0]["loss"] == pytest.approx(2 * sft[0]["loss"], rel=1e-5)
+    assert toy[2]["loss"] < toy[0]["loss"]
+
+
+def test_learning_rates():
+    cosine = TrainConfig(lr=1.0, projector_lr=2.0)
+    assert learning_rates(cosine, 1, 100) == {"lr": 1.0, "projector_lr": 2.0}
+    assert learning_rates(cosine, 51, 100)["lr"] == pytest.approx(0.5)
+    warm = TrainConfig(lr=1.0, warmup_ratio=0.1, schedule="linear")
+    assert [learning_rates(warm, step, 100)["lr"] for step in (1, 10, 11, 56)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
+    assert learning_rates(TrainConfig(lr=1.0, schedule="constant"), 100, 100)["lr"] == 1.0
