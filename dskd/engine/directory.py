@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from dskd import __version__
 from dskd.config.errors import UserError
@@ -65,11 +68,18 @@ def as_user_error(path: Path) -> Iterator[None]:
     """No space and no permission are said in one line; any other failure of the system stays what it is."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            where = error.filename or path
-            raise UserError(f"output.root: cannot write {where}: {os.strerror(error.errno)}") from None
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else os_error_in(str(error))
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            where = getattr(error, "filename", None) or path
+            raise UserError(f"output.root: cannot write {where}: {os.strerror(number)}") from None
         raise
+
+
+def os_error_in(message: str) -> int | None:
+    """safetensors tells the system's error only in its message: "... (os error 28)"."""
+    found = re.search(r"os error (\d+)", message)
+    return int(found.group(1)) if found else None
 
 
 def write_text(file: Path, text: str) -> None:

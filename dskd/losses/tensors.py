@@ -1,7 +1,7 @@
 """What a method sees of a model and of a micro-batch: plain tensors.
 
-What goes into and comes out of a method are named tuples and no dataclasses: DeepSpeed hooks the tensors that it finds in
-a module's inputs and outputs, to gather a sharded head before the backward pass, and it does not look into dataclasses.
+What goes into and comes out of a method are named tuples and no dataclasses: DeepSpeed hooks the tensors that it finds
+in a module's inputs and outputs, to gather a sharded head before the backward pass, and it looks into no dataclass.
 """
 
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -156,11 +157,23 @@ def test_no_permission_in_the_output_folder_is_one_line(make_run, tmp_path):
     assert done.stderr.splitlines()[-1].startswith(f"dskd: output.root: cannot write {blocked}")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_one_line(make_run, tmp_path, monkeypatch):
-    from dskd.config.errors import UserError
-    from dskd.engine.directory import as_user_error
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 200 kB: room for the log, not for a model."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
-    with pytest.raises(UserError, match=r"output\.root: cannot write .*: No space left on device"):
-        with as_user_error(tmp_path), open("/dev/full", "w") as full:
-            full.write("x" * 100_000)
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_model(make_run, tmp_path, small_disk):
+    run = make_run(tmp_path, method={"kind": "sft"}, train={"max_steps": 1, "global_batch_size": 8})
+    done = dskd("train", run, f"output.root={small_disk}", check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"dskd: output.root: cannot write {small_disk}")
+    assert done.stderr.splitlines()[-1].endswith("No space left on device")
+    assert [p.name for p in small_disk.rglob("*epoch*")] == []
+    assert len(metrics(only(small_disk, "**/metrics.jsonl").parent)) == 1
