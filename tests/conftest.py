@@ -2,10 +2,11 @@
 
 tiny       session fixture: `tiny(family, ...)` gives the folder of a small saved model.
 make_run   session fixture: `make_run(folder, **overrides)` writes records and a run file.
+ranks      session fixture: the process group of one process, this one.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
+
+from dskd.engine import distributed
+from dskd.launch.local import free_port, rank_environment
 
 hf_logging.disable_progress_bar()
 
@@ -194,3 +198,13 @@ def make_run(tiny: Tiny) -> MakeRun:
         return file
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[distributed.Ranks]:
+    """The process group of a run on one process, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in rank_environment(0, 1, free_port()).items():
+            patch.setenv(name, value)
+        yield distributed.start()
+        distributed.stop()

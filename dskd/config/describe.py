@@ -44,8 +44,10 @@ def walk(kind: type, path: str = "") -> Iterator[Setting]:
 
 
 def default_of(field: Any) -> str:
-    if field.default is MISSING:
+    if field.default is MISSING and field.default_factory is MISSING:
         return "required"
+    if field.default is MISSING:  # only output.root, whose default is made absolute
+        return Path(field.default_factory()).name
     value = to_plain(field.default)
     if value is None or value == "":
         return "empty"

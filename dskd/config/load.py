@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def load_run(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def read_layers(file: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """The nested values of a YAML file over those it extends, and for each dotted key the file that set it."""
-    if file in seen:
+    if file.resolve() in [earlier.resolve() for earlier in seen]:
         raise UserError(f"{file}: extends: goes in a circle ({' -> '.join(map(str, (*seen, file)))})")
     values = read_yaml(file)
     parent = values.pop("extends", None)
@@ -53,15 +54,18 @@ def read_layers(file: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
 def read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = YAML(typ="safe", pure=True).load(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{file}: is a folder, a YAML file is expected") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: a mapping of keys to values is expected")
-    return values
+    return text_keys(values)
+
+
+def text_keys(values: dict[Any, Any]) -> dict[str, Any]:
+    """Keys that YAML takes for numbers or lists become text, and are then unknown like any other wrong key."""
+    return {str(key): text_keys(value) if isinstance(value, dict) else value for key, value in values.items()}
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -88,7 +92,7 @@ def merge(
     if not prefix and isinstance(over.get("method"), dict) and isinstance(base.get("method"), dict):
         # Another kind of method has other keys: nothing of the old one's settings that it lacks may leak into it.
         kind = over["method"].get("kind", base["method"].get("kind"))
-        if kind != base["method"].get("kind") and kind in MethodConfig.kinds:
+        if kind != base["method"].get("kind") and isinstance(kind, str) and kind in MethodConfig.kinds:
             known = {f.name for f in fields(MethodConfig.kinds[kind])}
             base["method"] = {k: v for k, v in base["method"].items() if k in known}
     for key, value in over.items():
@@ -126,6 +130,8 @@ def problems(error: BaseException, key: tuple[str, ...] = ()) -> Iterator[tuple[
             yield from problems(inner, key)
     elif isinstance(error, ForbiddenExtraKeysError):
         allowed = sorted(f.name for f in fields(error.cl))
+        if issubclass(error.cl, MethodConfig):
+            allowed = ["kind", *allowed]
         for extra in sorted(error.extra_fields):
             yield (*key, extra), unknown("key", extra, allowed)
     elif isinstance(error, KeyError):
@@ -174,6 +180,8 @@ def exactly(kind: type, accepted: tuple[type, ...], name: str) -> Any:
     def hook(value: Any, _: type) -> Any:
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise TypeError(f"{name} is expected, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is expected, got {value}")
         return kind(value)
 
     return hook
@@ -181,7 +189,7 @@ def exactly(kind: type, accepted: tuple[type, ...], name: str) -> Any:
 
 def literal(value: Any, kind: Any) -> Any:
     allowed = get_args(kind)
-    if value not in allowed or isinstance(value, bool):
+    if not any(value == choice and type(value) is type(choice) for choice in allowed):
         raise ValueError(unknown(f"value {value!r}", str(value), allowed))
     return value
 
@@ -208,7 +216,7 @@ def method(strict: Converter, value: Any) -> MethodConfig:
         raise TypeError(f"a section with keys is expected, got {value!r}")
     kind = value.get("kind")
     kinds = MethodConfig.kinds
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"kind: {unknown(f'method {kind!r}', str(kind), sorted(kinds))}")
     chosen: MethodConfig = strict.structure({k: v for k, v in value.items() if k != "kind"}, kinds[kind])
     return chosen

@@ -1,6 +1,6 @@
 """The whole run file, and the checks that look at more than one area."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dskd.config.data import DataConfig
@@ -14,7 +14,7 @@ from dskd.config.training import CheckpointConfig, EvalConfig, TrainConfig
 
 @dataclass(frozen=True)
 class OutputConfig:
-    root: Path = Path("outputs")
+    root: Path = field(default_factory=lambda: Path("outputs").absolute())
     """Folder that holds all runs; a run goes to ROOT/STUDENT/METHOD/NAME."""
     name: str = "default"
     """Name of this run; a folder that holds another run is never written to."""
@@ -47,7 +47,7 @@ class RunConfig:
     """DeepSpeed and memory."""
     launch: LaunchConfig = LaunchConfig()
     """Processes."""
-    output: OutputConfig = OutputConfig()
+    output: OutputConfig = field(default_factory=OutputConfig)
     """Where everything is written."""
     description: str = ""
     """One line for `dskd recipes`."""

@@ -23,23 +23,23 @@ def read_records(file: Path) -> list[Record]:
     """
     records = []
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     records.append(parse_record(line, f"{file}:{number}"))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not records:
         raise UserError(f"{file}: is empty; at least one record is expected")
     return records
 
 
-def parse_record(line: str, where: str) -> Record:
+def parse_record(line: bytes, where: str) -> Record:
     """One line of a jsonl file; `where` names it in errors."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode().rstrip())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8 text ({error.reason} at byte {error.start} of the line)") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(value, dict):
@@ -54,4 +54,8 @@ def parse_record(line: str, where: str) -> Record:
         raise UserError(f'{where}: "output" must be text or a list of texts')
     if not outputs or not all(output.strip() for output in outputs):
         raise UserError(f'{where}: "output" is empty; a response of at least one character is expected')
+    try:
+        "".join((value["prompt"], *outputs)).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half a character (a lone surrogate such as \\ud83d)") from None
     return Record(value["prompt"], tuple(outputs))

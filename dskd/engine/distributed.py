@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,8 @@ def start() -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(device)
+    # DeepSpeed calls two collectives by names that torch means to retire, and would be told so at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

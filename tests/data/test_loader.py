@@ -1,0 +1,134 @@
+"""Which records each rank gets in each step, and that nothing but the settings decides it."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from dskd.data.batch import Batch, collate
+from dskd.data.loader import Collator, Plan, Steps, evaluation_batches, load_steps
+from dskd.data.records import Record
+from dskd.data.tokenization import Limits, tokenize
+
+LIMITS = Limits(24, 12)
+RECORDS = tuple(Record("Where is Lima? " * (i % 4), (f"Lima lies by the sea{'.' * i}",)) for i in range(13))
+
+sizes = st.lists(st.integers(0, 9), min_size=1, max_size=60).map(tuple)
+
+
+def flat(micro_batches: list[list[int]]) -> list[int]:
+    return [index for batch in micro_batches for index in batch]
+
+
+@given(sizes, st.integers(0, 3), st.integers(1, 12), st.integers(0, 3))
+def test_every_epoch_is_a_permutation_without_the_remainder(sizes, seed, size, epoch):
+    assume(len(sizes) >= size)
+    plan = Plan(sizes, seed, size, 1)
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    used = [index for step in steps for index in plan.global_batch(step)]
+    assert len(set(used)) == len(used) == len(sizes) - len(sizes) % size
+    assert set(used) <= set(range(len(sizes)))
+
+
+def test_what_is_left_out_differs_from_epoch_to_epoch():
+    plan = Plan(tuple(range(10)), 1, 8, 4)
+    assert len({frozenset(plan.global_batch(epoch)) for epoch in range(10)}) > 1
+
+
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
+@given(sizes, st.integers(0, 3), st.integers(1, 3), st.integers(0, 9))
+def test_micro_batches_do_not_depend_on_the_number_of_ranks(sizes, seed, micro, step):
+    size = 4 * micro
+    assume(len(sizes) >= size)
+    plan = Plan(sizes, seed, size, micro)
+    by_ranks = {n: [plan.micro_batches(step, rank, n) for rank in range(n)] for n in (1, 2, 4)}
+    alone = by_ranks[1][0]
+    assert flat(alone) == plan.global_batch(step)
+    assert all(len(batch) == micro for batch in alone)
+    for number, parts in by_ranks.items():
+        assert [part[i] for i in range(4 // number) for part in parts] == alone
+
+
+@given(sizes, st.integers(0, 3), st.integers(1, 12), st.integers(0, 20))
+def test_records_of_like_length_stand_together(sizes, seed, size, step):
+    assume(len(sizes) >= size)
+    lengths = [sizes[index] for index in Plan(sizes, seed, size, 1).global_batch(step)]
+    assert lengths == sorted(lengths)
+
+
+def test_a_plan_is_a_pure_function_of_its_fields():
+    plan = Plan(tuple(range(40)), 1, 8, 2)
+    before = [plan.micro_batches(step, 0, 2) for step in range(20)]
+    torch.manual_seed(5)
+    again = Plan(tuple(range(40)), 1, 8, 2)
+    assert [again.micro_batches(step, 0, 2) for step in reversed(range(20))][::-1] == before
+
+
+def test_seeds_and_epochs_give_other_orders():
+    orders = {
+        tuple(i for step in range(5) for i in Plan((1,) * 40, seed, 8, 2).global_batch(5 * epoch + step))
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(orders) == 9
+
+
+@pytest.fixture
+def collator(tiny) -> Collator:
+    return Collator(RECORDS, tiny.tokenizer("bytes"), tiny.tokenizer("pieces"), LIMITS)
+
+
+def same(first: Batch, second: Batch) -> bool:
+    fields = ("input_ids", "attention_mask", "positions", "inputs", "labels")
+    pairs = ((first.student, second.student), (first.teacher, second.teacher))
+    return first.records == second.records and all(
+        a.lengths == b.lengths and all(torch.equal(getattr(a, name), getattr(b, name)) for name in fields)
+        for a, b in pairs
+    )
+
+
+def test_two_tokenizers_give_two_sides(collator, tiny):
+    batch = collator([3, 0, 7])
+    assert batch.records == (3, 0, 7)
+    for side, name in ((batch.student, "bytes"), (batch.teacher, "pieces")):
+        expected = collate([tokenize(tiny.tokenizer(name), RECORDS[i], LIMITS) for i in (3, 0, 7)])
+        assert torch.equal(side.input_ids, expected.input_ids)
+        assert torch.equal(side.positions, expected.positions)
+    assert not torch.equal(batch.student.labels, batch.teacher.labels)
+
+
+def test_one_tokenizer_gives_one_side_for_both(tiny):
+    batch = Collator(RECORDS, tiny.tokenizer("bytes"), None, LIMITS)([1, 2])
+    assert batch.teacher is batch.student
+
+
+def test_a_record_is_tokenized_once(collator):
+    first, again = collator.sample(4), collator.sample(4)
+    assert again is first
+    assert sorted(collator.samples) == [4]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_workers_and_a_later_start_change_nothing(collator, shared):
+    if shared:
+        collator.teacher = None
+    steps = Steps(Plan(tuple(len(r.prompt) for r in RECORDS), 1, 4, 2), collator, rank=1, world_size=2)
+    here = list(load_steps(steps, 0, 7, workers=0, pin_memory=False))
+    there = list(load_steps(steps, 0, 7, workers=1, pin_memory=False))
+    tail = list(load_steps(steps, 5, 7, workers=0, pin_memory=False))
+    assert [len(batches) for batches in here] == [1] * 7
+    assert all(same(a, b) for step in zip(here, there, strict=True) for a, b in zip(*step, strict=True))
+    assert all(same(a, b) for step in zip(here[5:], tail, strict=True) for a, b in zip(*step, strict=True))
+    assert all((batch.teacher is batch.student) == shared for batches in there for batch in batches)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 3, 5, 13, 20])
+def test_evaluation_counts_each_record_once_in_equally_many_rounds(collator, size, ranks):
+    by_rank = [list(evaluation_batches(collator, size, rank, ranks)) for rank in range(ranks)]
+    counted = Counter(index for part in by_rank for batch, counts in part if counts for index in batch.records)
+    assert counted == dict.fromkeys(range(len(RECORDS)), 1)
+    assert len({len(part) for part in by_rank}) == 1
+    assert all(batch.student.labels.numel() for part in by_rank for batch, _ in part)
