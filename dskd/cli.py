@@ -26,7 +26,7 @@ Overrides = Annotated[
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
-        app()
+        app(prog_name="dskd")
     except UserError as error:
         print(f"dskd: {error}", file=sys.stderr)
         sys.exit(2)

@@ -61,8 +61,8 @@ def send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 def wait_for_all(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Wait until all ranks have ended well (None) or one has failed: which."""
-    while any(process.poll() is None for process in ranks):
-        if any(process.returncode for process in ranks):
+    while None in (codes := [process.poll() for process in ranks]):
+        if any(codes):
             time.sleep(0.5)  # a mistake that all ranks notice is best told by rank 0, which writes here
             break
         time.sleep(0.05)

@@ -12,13 +12,15 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dskd.launch.local import rank_environment
+
 
 def dskd(*arguments, processes=None, check=True, **environment):
     """Run the command as a user does."""
     command = [sys.executable, "-m", "dskd", *map(str, arguments)]
     if processes:
         command.append(f"launch.processes={processes}")
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    clean = {k: v for k, v in os.environ.items() if k not in rank_environment(0, 1, 0)}
     done = subprocess.run(command, capture_output=True, text=True, env=clean | environment, timeout=300)
     assert not check or done.returncode == 0, done.stderr
     return done

@@ -142,13 +142,13 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused(tiny, tamper,
     assert model.training == training
 
 
-def test_embeddings_of_another_width_are_refused():
+def test_embeddings_narrower_than_the_layers_are_what_the_head_takes():
     config = CONFIG_MAPPING["opt"](
         vocab_size=50, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4
     )
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match=r"^student\.path: OPTForCausalLM is not supported"):
-        check_view(ModelView(model, "student.path"))
+    view = ModelView(AutoModelForCausalLM.from_config(config), "student.path")
+    check_view(view)
+    assert view.hidden_size == view.embeddings.embedding_dim == 16
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -1,0 +1,137 @@
+"""The real command, as typed: help, listings, and mistakes; and that these need no torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from dskd import __version__
+from dskd.cli import app
+from dskd.config.describe import settings
+from dskd.config.recipes import find_recipes
+
+ROOT = Path(__file__).resolve().parents[2]
+LOGIN = ROOT / ".venv-login" / "bin" / "dskd"
+VERBS = typer.main.get_command(app).commands
+WORDS = {
+    "train": ("RUN.yaml", "KEY=VALUE", "student"),
+    "evaluate": ("--data", "--seeds", "--greedy", "--processes", "ROUGE-L"),
+    "settings": ("prefix", "default"),
+    "recipes": ("jobs",),
+    "quickstart": ("--processes", "teacher"),
+}
+login = pytest.mark.skipif(not LOGIN.is_file(), reason="no environment without torch: make .venv-login/ready")
+
+
+def dskd(*arguments: object, program: tuple = (sys.executable, "-m", "dskd"), cwd: Path = ROOT):
+    command = [*map(str, program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=60, check=False)
+
+
+def output_of(*arguments: object, **where: object) -> str:
+    done = dskd(*arguments, **where)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def mistake_of(*arguments: object) -> str:
+    """The one line on stderr of a command that ends with code 2."""
+    done = dskd(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_help_lists_every_verb():
+    shown = output_of("--help")
+    assert all(verb in shown for verb in VERBS)
+    assert "Distil" in shown
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_explains_itself(verb):
+    shown = output_of(verb, "--help")
+    assert f"dskd {verb}" in shown
+    assert VERBS[verb].help.split("\n")[0].split(", ")[0][:40] in " ".join(shown.replace("│", " ").split())
+    assert all(word in shown for word in WORDS.get(verb, ()))
+
+
+def test_the_version():
+    assert output_of("--version") == f"dskd {__version__}\n"
+
+
+def test_settings_are_listed_whole():
+    shown = output_of("settings")
+    assert all(setting.key in shown for setting in settings())
+    assert "required" in shown
+
+
+def test_recipes_are_listed_from_anywhere(tmp_path):
+    shown = output_of("recipes", cwd=tmp_path)
+    assert all(recipe.file.name in shown and recipe.description in shown for recipe in find_recipes())
+
+
+def test_a_wrong_key_is_one_line(make_run, tmp_path):
+    run = make_run(tmp_path)
+    assert mistake_of("train", run, "train.learning_rate=1").startswith(
+        "dskd: command line: train.learning_rate: unknown key; allowed: "
+    )
+    run.write_text(run.read_text().replace("micro_batch_size", "micro_batch"))
+    assert mistake_of("train", run).startswith(f"dskd: {run}: train.micro_batch: unknown key; ")
+
+
+def test_what_does_not_fit_this_machine_is_told_before_torch_is_loaded(make_run, tmp_path):
+    run = make_run(tmp_path)
+    assert mistake_of("train", run, "launch.processes=3").startswith(
+        "dskd: train.global_batch_size: 8 does not divide into 3 rank(s) x train.micro_batch_size 2; "
+    )
+    assert mistake_of("train", run, "teacher.path=/none").startswith("dskd: teacher.path: no such folder: /none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("train", "none.yaml"), "dskd: none.yaml: cannot be read: No such file or directory"),
+        (("settings", "trian"), "dskd: settings: no key begins with 'trian'; areas: student, data, "),
+        (("recipes", "tests/golden"), "dskd: recipes: no run files (*.yaml) under tests/golden"),
+        (("evaluate", "/none", "--data", "x.jsonl"), "dskd: /none: no such folder: /none"),
+        (("evaluate", "/none", "--data", "x", "--seeds", "1 1"), "dskd: --seeds: different whole numbers are expected"),
+        (("evaluate", "/none", "--data", "x", "--precision", "fp16"), "dskd: --precision: allowed: bf16, fp32; got"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, expected):
+    assert mistake_of(*arguments).startswith(expected)
+
+
+def test_an_unknown_verb_or_option_has_code_2():
+    assert dskd("trian").returncode == 2
+    done = dskd("evaluate", "--nope")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_importing_the_command_line_imports_no_heavy_package():
+    heavy = {"torch", "numpy", "transformers", "peft", "deepspeed", "rich.table", "cattrs", "ruamel.yaml"}
+    program = "import sys, dskd.cli; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "typer" in done.stdout.split()
+    assert not heavy & set(done.stdout.split())
+
+
+@login
+@pytest.mark.parametrize("arguments", [("--help",), ("settings", "train"), ("recipes",)])
+def test_where_torch_is_not_installed(arguments):
+    found = subprocess.run([LOGIN.parent / "python", "-c", "import torch"], capture_output=True, check=False)
+    assert found.returncode == 1
+    shown = output_of(*arguments, program=(LOGIN,))
+    assert shown.splitlines()[3:] == output_of(*arguments).splitlines()[3:]  # help begins with the program's name
+
+
+@login
+def test_a_mistake_in_a_run_file_is_told_where_torch_is_not_installed(tmp_path):
+    (tmp_path / "run.yaml").write_text("student: 3\n")
+    done = dskd("train", tmp_path / "run.yaml", program=(LOGIN,))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
