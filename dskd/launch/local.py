@@ -60,13 +60,17 @@ def send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def wait_for_all(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all ranks have ended well (None) or one has failed: which."""
-    while None in (codes := [process.poll() for process in ranks]):
-        if any(codes):
-            time.sleep(0.5)  # a mistake that all ranks notice is best told by rank 0, which writes here
-            break
+    """Wait until all ranks have ended well (None) or one has failed: which.
+
+    A mistake that all ranks notice, with the same code, is best told by rank 0, which writes to the terminal.
+    """
+    while not any(codes := [process.poll() for process in ranks]):
+        if None not in codes:
+            return None
         time.sleep(0.05)
-    return next((rank for rank, process in enumerate(ranks) if process.poll()), None)
+    first = next(rank for rank, code in enumerate(codes) if code)
+    time.sleep(0.5)  # rank 0 may notice it a moment later
+    return 0 if ranks[0].poll() == ranks[first].returncode else first
 
 
 def end(ranks: Sequence[subprocess.Popen[bytes]], patience: float = 5.0) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -14,11 +15,15 @@ from dskd.config.errors import UserError
 from dskd.config.models import LoraConfig, StudentConfig, TeacherConfig
 
 hf_logging.disable_progress_bar()
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_tokenizer(folder: Path, key: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder. Raises `UserError` naming `key` where there is none that loads."""
+    # Without any of these, transformers makes up a tokenizer for some families from their special tokens alone.
+    if not trust_remote_code and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{key}: no tokenizer loads from {folder}: none of {', '.join(TOKENIZER_FILES)} is there")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -36,7 +41,7 @@ def load_causal_lm(folder: Path, key: str, precision: str, trust_remote_code: bo
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{key}: no causal language model loads from {folder}: {first_line(error)}") from None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -81,6 +86,8 @@ def load_teacher(settings: TeacherConfig, precision: str, device: torch.device) 
 
 
 def merge_adapter(model: Any, adapter: Path, key: str) -> Any:
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{key}: no adapter_model.safetensors in {adapter} (pickled .bin files are not read)")
     try:
         return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:

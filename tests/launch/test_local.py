@@ -102,7 +102,6 @@ def test_a_mistake_that_all_ranks_notice_is_told_once_by_rank_0(start, late):
     assert done.returncode == 2
 
 
-@pytest.mark.xfail(strict=True, reason="rank 0, which only lost its peer, hides the rank that failed first")
 def test_a_rank_that_fails_because_another_did_does_not_hide_it(start):
     done = start("test $RANK = 0 && { sleep 0.2; echo connection reset >&2; exit 1; }\necho the cause; exit 3", 2)
     error = done.communicate(timeout=20)[1]
