@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -62,6 +62,10 @@ def add_lora(model: Any, settings: LoraConfig) -> nn.Module:
     targets: Any = list(settings.targets) or None
     if settings.targets == ("all-linear",):
         targets = "all-linear"
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    for target in targets if isinstance(targets, list) else ():
+        if not any(name.endswith(f".{target}") for name in modules):
+            raise UserError(f"student.lora.targets: no module of the student ends in {target!r}")
     config = PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
@@ -89,7 +93,12 @@ def merge_adapter(model: Any, adapter: Path, key: str) -> Any:
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{key}: no adapter_model.safetensors in {adapter} (pickled .bin files are not read)")
     try:
-        return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+        adapted = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
+            missing = sorted(set(get_peft_model_state_dict(adapted)) - set(saved.keys()))
+        if missing:
+            raise ValueError(f"it lacks {len(missing)} of its weights, first {missing[0]}")
+        return adapted.merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{key}: the adapter in {adapter} does not fit the model: {first_line(error)}") from None
 
