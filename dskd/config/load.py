@@ -238,6 +238,7 @@ def to_yaml(run: RunConfig) -> str:
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
+    yaml.allow_unicode = False  # escapes: some line breaks of Unicode would not come back as they went
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(to_plain(run), text)
     return text.getvalue()
