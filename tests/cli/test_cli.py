@@ -1,5 +1,6 @@
 """The real command, as typed: help, listings, and mistakes; and that these need no torch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,9 @@ login = pytest.mark.skipif(not LOGIN.is_file(), reason="no environment without t
 
 def dskd(*arguments: object, program: tuple = (sys.executable, "-m", "dskd"), cwd: Path = ROOT):
     command = [*map(str, program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=60, check=False)
+    outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "FORCE_COLOR", "GITHUB_ACTIONS")}
+    plain = outside | {"COLUMNS": "100", "NO_COLOR": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=plain, timeout=60, check=False)
 
 
 def output_of(*arguments: object, **where: object) -> str:
