@@ -4,13 +4,16 @@ import json
 import statistics
 import string
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
+from transformers import GenerationConfig as HfGenerationConfig
 
 from dskd.config.training import GenerationConfig
 from dskd.data.records import Record, read_records
@@ -92,20 +95,38 @@ def generate(
         if prompt:
             input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - max(1, len(prompt)) :] = 1
+    # max_length counts a prompt's own tokens, not its padding: each row is cut to what its prompt leaves.
+    budgets = [max(1, settings.max_length - max(1, len(prompt))) for prompt in prompts]
     sampling = {} if settings.greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    generated = model.generate(
-        input_ids=input_ids.to(ranks.device),
-        attention_mask=attention_mask.to(ranks.device),
-        max_length=max(settings.max_length, longest + 1),
+    wanted = HfGenerationConfig(
+        max_new_tokens=max(budgets),
         do_sample=not settings.greedy,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,
         use_cache=True,
-        synced_gpus=is_partitioned(model),
         **sampling,
     )
-    texts: list[str] = tokenizer.batch_decode(generated[:, longest:].cpu(), skip_special_tokens=True)
+    with own_generation_settings(model, wanted):
+        generated = model.generate(
+            input_ids=input_ids.to(ranks.device),
+            attention_mask=attention_mask.to(ranks.device),
+            synced_gpus=is_partitioned(model),
+        )
+    answers = generated[:, longest:].tolist()
+    cut = [answer[:budget] for answer, budget in zip(answers, budgets, strict=True)]
+    texts: list[str] = tokenizer.batch_decode(cut, skip_special_tokens=True)
     return texts
+
+
+@contextmanager
+def own_generation_settings(model: Any, wanted: HfGenerationConfig) -> Iterator[None]:
+    """Inside, nothing of the folder's generation_config.json counts: transformers fills what it is not told from it."""
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    before, causal.generation_config = causal.generation_config, wanted
+    try:
+        yield
+    finally:
+        causal.generation_config = before
 
 
 def is_partitioned(model: nn.Module) -> bool:

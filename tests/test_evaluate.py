@@ -98,13 +98,11 @@ def test_left_padding_changes_no_token_of_a_greedy_answer(greedy_answers):
         assert bool(answer) == bool(whole)
 
 
-@pytest.mark.xfail(strict=True, reason="max_length counts the padding, so shorter prompts of a batch get fewer tokens")
 def test_greedy_answers_do_not_depend_on_the_batch(greedy_answers):
     expected, _, together = greedy_answers
     assert together == expected
 
 
-@pytest.mark.xfail(strict=True, reason="generate() takes what it is not told from the folder's generation_config.json")
 @pytest.mark.parametrize(
     ("extra", "greedy"),
     [({"repetition_penalty": 3.0}, True), ({"num_beams": 3}, True), ({"min_p": 0.9, "do_sample": True}, False)],
