@@ -39,12 +39,12 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     with ExitStack() as stack:
         outputs = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, processes))]
-        ranks = []
+        ranks: list[subprocess.Popen[bytes]] = []
+        for number in PASSED_ON:  # before the first rank starts: a signal in between would leave orphans
+            stack.callback(signal.signal, number, signal.signal(number, lambda n, _: pass_on(ranks, n)))
         for rank, output in enumerate(outputs):
             environment = {"OMP_NUM_THREADS": threads} | os.environ | rank_environment(rank, processes, port)
             ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-        for number in PASSED_ON:
-            stack.callback(signal.signal, number, signal.signal(number, lambda n, _: send(ranks, n)))
         failed = wait_for_all(ranks)
         if failed is None:
             return 0
@@ -53,7 +53,7 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
         return exit_code(ranks[failed].returncode)
 
 
-def send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+def pass_on(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
     for process in ranks:
         if process.poll() is None:
             process.send_signal(number)
