@@ -26,10 +26,21 @@ Overrides = Annotated[
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
-        app(prog_name="dskd")
+        app(args=join_numbers(sys.argv[1:]), prog_name="dskd")
     except UserError as error:
         print(f"dskd: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def join_numbers(arguments: list[str]) -> list[str]:
+    """`--seeds 10 20` -> `--seeds 10,20`: an option takes one value, and a list of numbers is typed with spaces."""
+    joined: list[str] = []
+    for argument in arguments:
+        if argument.isdecimal() and len(joined) > 1 and joined[-2] == "--seeds" and not joined[-1].startswith("-"):
+            joined[-1] += f",{argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def show_version(wanted: bool) -> None:
@@ -77,7 +88,7 @@ def train(
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A saved model: a folder that `dskd train` wrote, or any other.")],
     data: Annotated[Path, typer.Option(help="Records to answer, jsonl.")],
-    seeds: Annotated[str, typer.Option(help="Sampling seeds, separated by spaces or commas.")] = "10 20 30 40 50",
+    seeds: Annotated[str, typer.Option(help="Sampling seeds, such as --seeds 10 20 30.")] = "10 20 30 40 50",
     greedy: Annotated[bool, typer.Option("--greedy", help="Most probable token instead of sampling.")] = False,
     temperature: Annotated[float, typer.Option(help="Divides the logits before sampling.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,

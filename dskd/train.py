@@ -17,7 +17,7 @@ from dskd.config.training import TrainConfig
 from dskd.data.batch import Batch
 from dskd.data.loader import Collator, Plan, Steps, evaluation_batches, load_steps
 from dskd.data.records import Record, read_records
-from dskd.data.tokenization import Limits, check_tokenizer, vocabulary_hash
+from dskd.data.tokenization import Limits, check_tokenizer
 from dskd.engine import directory
 from dskd.engine.checkpoint import Saved, Scores, keep_best, model_name, save_model
 from dskd.engine.distributed import Ranks
@@ -70,6 +70,7 @@ class Prepared:
 
 def train(run: RunConfig, ranks: Ranks) -> Path:
     """Train to the end; returns the run directory. Raises `UserError` for what the user can mend."""
+    directory.refuse_other_run(run.directory)
     job = prepare(run, ranks)
     if ranks.is_main:
         directory.create(run)
@@ -251,7 +252,7 @@ def prepare(run: RunConfig, ranks: Ranks) -> Prepared:
     if run.teacher is not None and run.method.teacher != "none":
         teacher_tokenizer = load_tokenizer(run.teacher.path, "teacher.path", run.teacher.trust_remote_code)
         check_tokenizer(teacher_tokenizer, limits, "teacher.path")
-        if vocabulary_hash(teacher_tokenizer) != vocabulary_hash(tokenizer):
+        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
             other_tokenizer = teacher_tokenizer
             refuse_other_vocabulary(run.method)
         teacher = ModelView(load_teacher(run.teacher, run.engine.precision, ranks.device), "teacher.path")

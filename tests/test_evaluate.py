@@ -162,7 +162,7 @@ def test_evaluate_gives_the_same_answers_on_one_and_two_processes(tiny, make_run
     started = []
     for processes in ("1", "2"):
         command = [sys.executable, "-m", "dskd", "evaluate", tiny("llama"), "--data", tmp_path / "dev.jsonl", *sizes]
-        command += ["--seeds", "10 20", "--processes", processes, "--output", tmp_path / processes]
+        command += ["--seeds", "10", "20", "--processes", processes, "--output", tmp_path / processes]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(list(map(str, command)), env=outside, **pipes))
     for process in started:

@@ -1,7 +1,5 @@
 """Records -> token ids, with one tokenizer."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +68,3 @@ def check_tokenizer(tokenizer: Tokenizer, limits: Limits, key: str) -> None:
         )
     if limits.bos and tokenizer.bos_token_id is None:
         raise UserError("data.bos: the tokenizer of " + key + " has no BOS token; allowed: false")
-
-
-def vocabulary_hash(tokenizer: Tokenizer) -> str:
-    """Equal for tokenizers that give every token the same id."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()

@@ -32,15 +32,20 @@ def create(run: RunConfig) -> Path:
         UserError: where it holds another run, or cannot be written.
     """
     directory = run.directory
+    refuse_other_run(directory)
     with as_user_error(directory):
-        if directory.is_dir() and any(directory.iterdir()):
-            raise UserError(
-                f"output.name: {directory} already holds a run, and nothing is overwritten; choose another output.name"
-            )
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "run.yaml", to_yaml(run))
         write_text(directory / "args.json", json.dumps(describe(run), indent=2) + "\n")
     return directory
+
+
+def refuse_other_run(directory: Path) -> None:
+    """Raise `UserError` where a folder holds anything."""
+    if directory.is_dir() and any(directory.iterdir()):
+        raise UserError(
+            f"output.name: {directory} already holds a run, and nothing is overwritten; choose another output.name"
+        )
 
 
 def describe(run: RunConfig) -> dict[str, Any]:

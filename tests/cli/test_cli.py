@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from dskd import __version__
-from dskd.cli import app
+from dskd.cli import app, join_numbers
 from dskd.config.describe import settings
 from dskd.config.recipes import find_recipes
 
@@ -138,3 +138,11 @@ def test_a_mistake_in_a_run_file_is_told_where_torch_is_not_installed(tmp_path):
     done = dskd("train", tmp_path / "run.yaml", program=(LOGIN,))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_seeds_are_typed_with_spaces():
+    assert join_numbers(["evaluate", "m", "--seeds", "10", "20", "30", "--data", "5"]) == [
+        *("evaluate", "m", "--seeds", "10,20,30", "--data", "5")
+    ]
+    assert join_numbers(["evaluate", "--seeds", "10 20", "7"]) == ["evaluate", "--seeds", "10 20,7"]
+    assert join_numbers(["evaluate", "m", "--seeds", "--greedy", "3"]) == ["evaluate", "m", "--seeds", "--greedy", "3"]

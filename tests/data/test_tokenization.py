@@ -13,7 +13,6 @@ from dskd.data.tokenization import (
     tokenize,
     tokenize_prompt,
     tokenize_response,
-    vocabulary_hash,
 )
 
 PROMPT, ANSWER = "Question: Where is Zürich?\nAnswer:", "Zürich lies by the sea, and the tiny ant sleeps."
@@ -101,11 +100,3 @@ def test_a_tokenizer_needs_bos_only_where_it_is_asked_for(tiny):
         UserError, match=r"^data\.bos: the tokenizer of teacher\.path has no BOS token; allowed: false$"
     ):
         check_tokenizer(tiny.tokenizer("bytes"), asked, "teacher.path")
-
-
-def test_the_hash_tells_vocabularies_apart_and_no_copies(tiny):
-    first, other = vocabulary_hash(tiny.tokenizer("bytes")), vocabulary_hash(tiny.tokenizer("pieces"))
-    assert vocabulary_hash(tiny.tokenizer("bytes")) == first != other
-    longer = tiny.tokenizer("bytes")
-    longer.add_tokens(["<more>"])
-    assert vocabulary_hash(longer) != first

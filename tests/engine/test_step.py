@@ -88,6 +88,12 @@ def test_parts_are_means_over_the_global_batch_however_it_is_cut(make_run, tmp_p
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+def test_a_method_for_one_vocabulary_refuses_two(make_run, tiny, tmp_path, ranks):
+    run_file = make_run(tmp_path, method={"kind": "kd"}, teacher={"path": tiny("qwen2")})
+    with pytest.raises(UserError, match=r"^method\.kind: kd needs one vocabulary, .* methods for two: dskd_cma$"):
+        prepare(load_run(run_file), ranks)
+
+
 def test_a_method_is_added_from_outside(make_run, tmp_path, ranks, monkeypatch):
     """One class, its settings, one line in the table."""
     monkeypatch.setattr(MethodConfig, "kinds", dict(MethodConfig.kinds))
