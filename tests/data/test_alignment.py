@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from plain import edit_distance
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -242,23 +243,13 @@ def test_exact_pairs_of_tokenizers_cover_equal_bytes(text):
         assert b"".join(teacher[:i]).removeprefix(b" ") == b"".join(student[:j]).removeprefix(b" ")
 
 
-def plain_distance(left: str, right: str) -> int:
-    above = list(range(len(right) + 1))
-    for i, a in enumerate(left, 1):
-        row = [i]
-        for j, b in enumerate(right, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (a != b)))
-        above = row
-    return above[-1]
-
-
 def plain_alignment(teacher: Sequence[str], student: Sequence[str]) -> tuple[int, list[list[int]]]:
     """Cell by cell, the cost and the path: through the diagonal, the student's or the teacher's previous."""
     cells: dict[tuple[int, int], tuple[int, list[list[int]]]] = {(-1, -1): (0, [])}
     for i, j in product(range(len(student)), range(len(teacher))):
         before = [cells[cell] for cell in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if cell in cells]
         cost, path = min(before, key=lambda cell: cell[0])
-        cells[i, j] = cost + plain_distance(student[i], teacher[j]), [*path, [j, i]]
+        cells[i, j] = cost + edit_distance(student[i], teacher[j]), [*path, [j, i]]
     return cells[len(student) - 1, len(teacher) - 1]
 
 
@@ -275,7 +266,7 @@ def test_minimum_edit_alignment_is_the_plain_one(teacher, student):
     assert alignment.pairs[-1].tolist() == [len(teacher) - 1, len(student) - 1]
     assert ((steps >= 0) & (steps <= 1)).all()
     assert (steps.sum(axis=1) > 0).all()
-    assert sum(plain_distance(student[i], teacher[j]) for j, i in alignment.pairs.tolist()) == alignment.cost
+    assert sum(edit_distance(student[i], teacher[j]) for j, i in alignment.pairs.tolist()) == alignment.cost
     aligned = alignment.teacher_tokens(len(student))
     assert sorted([j, i] for i, indices in enumerate(aligned) for j in indices) == alignment.pairs.tolist()
 

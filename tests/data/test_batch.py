@@ -26,7 +26,7 @@ def reference(samples: list[Sample]) -> tuple[list[list[int]], list[tuple[int, i
     return rows, pairs
 
 
-def check(side: Side, samples: list[Sample], pad_id: int) -> None:
+def assert_is_reference(side: Side, samples: list[Sample], pad_id: int) -> None:
     rows, pairs = reference(samples)
     width = max(map(len, rows))
     assert side.input_ids.tolist() == [row + [pad_id] * (width - len(row)) for row in rows]
@@ -45,7 +45,7 @@ samples_ = st.lists(st.builds(sample, st.lists(ids, max_size=4), st.lists(ids, m
 @given(samples_, ids)
 def test_a_batch_is_what_the_plain_reference_says(samples, pad_id):
     """Token ids are few, so that the padding's id is that of a real token or of EOS as well."""
-    check(collate(samples, pad_id), samples, pad_id)
+    assert_is_reference(collate(samples, pad_id), samples, pad_id)
 
 
 def test_an_example_by_hand():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plain import edit_distance
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -115,21 +116,11 @@ def test_eos_need_not_be_marked_as_special():
 pieces = st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=12, unique=True)
 
 
-def plain_distance(left: bytes, right: bytes) -> int:
-    above = list(range(len(right) + 1))
-    for i, a in enumerate(left, 1):
-        row = [i]
-        for j, b in enumerate(right, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (a != b)))
-        above = row
-    return above[-1]
-
-
 def plain_map(teacher: list[bytes], student: list[bytes]) -> list[tuple[int, int]]:
     """Every pair compared, (student id, distance) of each teacher token; id 0 is EOS on both sides."""
     best = [(0, 0)]
     for piece in teacher[1:]:
-        distance, index = min((plain_distance(piece, student[i]), i) for i in range(1, len(student)))
+        distance, index = min((edit_distance(piece, student[i]), i) for i in range(1, len(student)))
         best.append((index, distance) if distance < max(len(piece), len(student[index])) else (-1, -1))
     return best
 
