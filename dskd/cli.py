@@ -9,6 +9,7 @@ import typer
 
 from dskd import __version__
 from dskd.config.errors import UserError
+from dskd.config.training import GenerationConfig
 
 app = typer.Typer(
     help="Distil a large language model into a small one, white-box, whatever the two vocabularies are.",
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+GENERATION = GenerationConfig()
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings over those of the run file, such as train.lr=1e-4."),
@@ -90,11 +92,13 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Records to answer, jsonl.")],
     seeds: Annotated[str, typer.Option(help="Sampling seeds, such as --seeds 10 20 30.")] = "10 20 30 40 50",
     greedy: Annotated[bool, typer.Option("--greedy", help="Most probable token instead of sampling.")] = False,
-    temperature: Annotated[float, typer.Option(help="Divides the logits before sampling.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
-    max_length: Annotated[int, typer.Option(help="Tokens of prompt and answer together.")] = 512,
-    max_prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Prompts at a time on each process.")] = 16,
+    temperature: Annotated[float, typer.Option(help="Divides the logits before sampling.")] = GENERATION.temperature,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")] = (
+        GENERATION.top_p
+    ),
+    max_length: Annotated[int, typer.Option(help="Tokens of prompt and answer together.")] = GENERATION.max_length,
+    max_prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = GENERATION.max_prompt_length,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time on each process.")] = GENERATION.batch_size,
     bos: Annotated[bool, typer.Option("--bos", help="Put BOS before the prompt.")] = False,
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
     processes: Annotated[int | None, typer.Option(help="Processes; empty: one for each GPU.")] = None,
@@ -105,7 +109,6 @@ def evaluate(
     """Generate answers with a saved model and score ROUGE-L and exact match."""
     from dskd.config.load import parse_seeds
     from dskd.config.run import check_checkpoint
-    from dskd.config.training import GenerationConfig
 
     numbers = parse_seeds(seeds)
     if precision not in ("bf16", "fp32"):

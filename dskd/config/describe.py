@@ -44,10 +44,8 @@ def walk(kind: type, path: str = "") -> Iterator[Setting]:
 
 
 def default_of(field: Any) -> str:
-    if field.default is MISSING and field.default_factory is MISSING:
+    if field.default is MISSING:
         return "required"
-    if field.default is MISSING:  # only output.root, whose default is made absolute
-        return Path(field.default_factory()).name
     value = to_plain(field.default)
     if value is None or value == "":
         return "empty"

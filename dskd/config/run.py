@@ -14,12 +14,13 @@ from dskd.config.training import CheckpointConfig, EvalConfig, TrainConfig
 
 @dataclass(frozen=True)
 class OutputConfig:
-    root: Path = field(default_factory=lambda: Path("outputs").absolute())
+    root: Path = Path("outputs")
     """Folder that holds all runs; a run goes to ROOT/STUDENT/METHOD/NAME."""
     name: str = "default"
     """Name of this run; a folder that holds another run is never written to."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "root", self.root.absolute())  # like every path of a run file, the default included
         require(
             self.name not in ("", ".", "..") and "/" not in self.name,
             "name",
