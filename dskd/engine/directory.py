@@ -104,9 +104,9 @@ def published(folder: Path) -> Iterator[Path]:
     If anything fails on the way nothing of it stays.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir()
     try:
         with as_user_error(temporary):
+            temporary.mkdir(parents=True)
             yield temporary
             write_text(temporary / "MANIFEST.json", json.dumps(manifest(temporary), indent=2) + "\n")
             sync(temporary)

@@ -13,6 +13,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dskd.engine.directory import as_user_error
+
 LOG = logging.getLogger("dskd")
 PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line at most this often."""
@@ -31,7 +33,7 @@ class Monitor:
         LOG.propagate = False
         if not self.is_main:
             return self
-        self.metrics = self.stack.enter_context((self.directory / "metrics.jsonl").open("a", encoding="utf-8"))
+        self.metrics = self.stack.enter_context((self.directory / "metrics.jsonl").open("ab", buffering=0))
         self.console = Console(stderr=True)
         self.add_handler(logging.FileHandler(self.directory / "train.log", encoding="utf-8"), "%(asctime)s %(message)s")
         if self.console.is_terminal:
@@ -88,8 +90,8 @@ class Monitor:
         """One object in metrics.jsonl, and the same on TensorBoard."""
         if not self.is_main:
             return
-        self.metrics.write(json.dumps(figures) + "\n")
-        self.metrics.flush()
+        with as_user_error(self.directory):
+            self.metrics.write((json.dumps(figures) + "\n").encode())
         if self.board is not None:
             for name, value in figures.items():
                 if name != "step" and not isinstance(value, str):

@@ -1,0 +1,30 @@
+"""What a run tells, and that a full disk is told as well."""
+
+import json
+
+import pytest
+
+from dskd.config.errors import UserError
+from dskd.engine.metrics import Monitor
+
+
+def test_each_step_is_one_line(tmp_path):
+    with Monitor(tmp_path, 2, is_main=True) as monitor:
+        for step in (1, 2):
+            monitor.step({"step": step, "loss": 0.5, "tokens_per_second": 10.0, "seconds": 0.1})
+            written = (tmp_path / "metrics.jsonl").read_text().splitlines()
+            assert [json.loads(line)["step"] for line in written] == list(range(1, step + 1))
+    assert "step 2/2  loss 0.5000" in (tmp_path / "train.log").read_text()
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with Monitor(tmp_path, 1, is_main=False) as monitor:
+        monitor.write({"step": 1, "loss": 0.5})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_space_for_a_metric_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    full = r"^output\.root: cannot write .*: No space left on device$"
+    with pytest.raises(UserError, match=full), Monitor(tmp_path, 1, is_main=True) as monitor:
+        monitor.write({"step": 1, "loss": 0.5})
