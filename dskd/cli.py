@@ -156,11 +156,13 @@ def recipes(
 ) -> None:
     """List the run files in jobs/ with one line each."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from dskd.config.recipes import find_recipes
 
-    table = Table("recipe", "method", "description", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        Column("recipe", overflow="fold"), "method", "description", box=None, pad_edge=False, header_style="bold"
+    )
     for recipe in find_recipes(folder):
         table.add_row(str(recipe.file), recipe.method, recipe.description)
     Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
