@@ -74,22 +74,26 @@ def build_vocabulary_map(
         progress: called with (done, total) while searching, in teacher tokens.
         workers: threads that search, -1 for one a core.
     """
-    teacher_pieces, student_pieces = vocabulary_bytes(teacher_tokenizer), vocabulary_bytes(student_tokenizer)
-    teacher, teacher_special = _ids_of_pieces(teacher_tokenizer, teacher_pieces)
-    student, student_special = _ids_of_pieces(student_tokenizer, student_pieces)
-    student_ids = np.full(len(teacher_pieces), -1, np.int32)
-    distance = np.full(len(teacher_pieces), -1, np.int16)
-
-    for pieces, known in ((teacher, student), (teacher_special, student_special)):
-        for piece in pieces.keys() & known.keys():
-            student_ids[pieces[piece]], distance[pieces[piece]] = known[piece][0], 0
-
+    teacher, _ = _ids_of_pieces(teacher_tokenizer)
+    student, _ = _ids_of_pieces(student_tokenizer)
+    student_ids = exact_ids(teacher_tokenizer, student_tokenizer).astype(np.int32)
+    distance = np.where(student_ids >= 0, 0, -1).astype(np.int16)
     missing, candidates = [piece for piece in teacher if piece not in student], list(student)
     for piece, nearest, edits in zip(missing, *_nearest(missing, candidates, progress, workers), strict=True):
         if edits < max(len(piece), len(candidates[nearest])):
             student_ids[teacher[piece]], distance[teacher[piece]] = student[candidates[nearest]][0], edits
     hashes = vocabulary_hash(teacher_tokenizer), vocabulary_hash(student_tokenizer)
     return VocabularyMap(student_ids, distance, *hashes)
+
+
+def exact_ids(teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> IntArray:
+    """[V_teacher]: the student token that stands for the same bytes, or is the same special token; -1 for none."""
+    teacher, student = _ids_of_pieces(teacher_tokenizer), _ids_of_pieces(student_tokenizer)
+    found = np.full(len(vocabulary_bytes(teacher_tokenizer)), -1, np.int64)
+    for pieces, known in zip(teacher, student, strict=True):
+        for piece in pieces.keys() & known.keys():
+            found[pieces[piece]] = known[piece][0]
+    return found
 
 
 def load_or_build(
@@ -155,10 +159,9 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _ids_of_pieces(
-    tokenizer: Tokenizer, pieces: Sequence[bytes]
-) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
+def _ids_of_pieces(tokenizer: Tokenizer) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
     """The ids of each non-empty piece of text and of each special piece, both in order of preference."""
+    pieces = vocabulary_bytes(tokenizer)
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     fallback = {index for token, index in tokenizer.get_vocab().items() if BYTE_PIECE.fullmatch(token)}
     ordinary_ids: dict[bytes, list[int]] = {}

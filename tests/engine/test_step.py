@@ -13,10 +13,10 @@ from dskd.config.load import load_run
 from dskd.config.methods import MethodConfig
 from dskd.config.training import TrainConfig
 from dskd.losses import METHODS
-from dskd.losses.method import Method
-from dskd.losses.sft import cross_entropy
-from dskd.losses.streaming import StreamedLogits, attach_gradients
-from dskd.losses.tensors import LossOutput
+from dskd.losses.cross_entropy import cross_entropy
+from dskd.losses.method import Method, finish
+from dskd.losses.streaming import StreamedLogits, stream
+from dskd.losses.tensors import Sum
 from dskd.train import learning_rates, prepare, train, train_step
 
 
@@ -44,7 +44,7 @@ def long_records(folder, count=8):
                 out.write(json.dumps({"prompt": prompt, "output": answer}) + "\n")
 
 
-@pytest.mark.parametrize("kind", ["sft", "kd", "dskd_cma"])
+@pytest.mark.parametrize("kind", METHODS)
 def test_no_tensor_of_batch_times_length_times_vocabulary(kind, make_run, tmp_path, ranks):
     sizes = {"train": {"global_batch_size": 4, "micro_batch_size": 4}, "engine": {"loss_memory_mb": 1}}
     run_file = make_run(tmp_path, method={"kind": kind}, **sizes)
@@ -90,7 +90,10 @@ def test_parts_are_means_over_the_global_batch_however_it_is_cut(make_run, tmp_p
 
 def test_a_method_for_one_vocabulary_refuses_two(make_run, tiny, tmp_path, ranks):
     run_file = make_run(tmp_path, method={"kind": "kd"}, teacher={"path": tiny("qwen2")})
-    with pytest.raises(UserError, match=r"^method\.kind: kd needs one vocabulary, .* methods for two: dskd_cma$"):
+    with pytest.raises(
+        UserError,
+        match=r"^method\.kind: kd needs one vocabulary, .* methods for two: dskd_cma, dskd_v2_eta, mined, uld$",
+    ):
         prepare(load_run(run_file), ranks)
 
 
@@ -106,18 +109,19 @@ def test_a_method_is_added_from_outside(make_run, tmp_path, ranks, monkeypatch):
         """Weight."""
 
     class Toy(Method):
-        def __init__(self, settings, student, teacher, memory_mb):
-            super().__init__(settings, student, teacher, memory_mb)
+        def __init__(self, settings, *rest):
+            super().__init__(settings, *rest)
             self.weights = {"ce": settings.weight}
 
-        def forward(self, student, teacher, scales):
+        def forward(self, student, teacher, scale):
+            count, total = len(student.labels), torch.zeros(())
+            scales = scale({"ce": count})
             streamed = StreamedLogits(student.hidden, self.student.head(), grad_head=True)
-            with torch.no_grad():
-                value, grad = cross_entropy(streamed.logits(slice(None)), student.labels)
-                streamed.backward(slice(None), grad * scales["ce"])
-            parts = {"ce": value.sum()}
-            loss = attach_gradients(self.scaled(parts, scales), streamed.gradients(student.hidden))
-            return LossOutput(loss, parts, {})
+            for rows, (logits,) in stream(range(count), self.memory_mb, streamed):
+                value, grad = cross_entropy(logits, student.labels[rows])
+                total += value.sum()
+                streamed.keep_gradient(logits, grad * scales["ce"])
+            return finish({"ce": Sum(total, count)}, scales, streamed.gradients(), {})
 
     monkeypatch.setitem(METHODS, "toy", Toy)
     sizes = {"max_steps": 3, "global_batch_size": 8}
