@@ -165,6 +165,28 @@ def evaluate(
 
 
 @app.command()
+def align(
+    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A model's folder, or any with its tokenizer.")],
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="The same of the student.")],
+    cache_dir: Annotated[Path, typer.Option(help="Where maps are kept; a run's data.cache_dir.")] = Path(
+        "outputs/cache"
+    ),
+) -> None:
+    """Map each teacher token to its nearest student token, for method mined, and tell how many match."""
+    from dskd.data.vocabulary_map import load_or_build
+    from dskd.engine.metrics import progress_bar
+    from dskd.models.load import load_tokenizer
+
+    tokenizers = load_tokenizer(teacher, "TEACHER"), load_tokenizer(student, "STUDENT")
+    with progress_bar("vocabulary map") as progress:
+        found = load_or_build(cache_dir, *tokenizers, progress)
+    total = len(found.student_ids)
+    for count, label in ((found.exact, "exactly"), (found.near, "nearly"), (found.none, "not at all")):
+        print(f"{count:8d}  {100 * count / total:5.1f} %  match {label}")
+    print(f"{total:8d}  teacher tokens; map kept in {cache_dir}")
+
+
+@app.command()
 def settings(
     prefix: Annotated[str, typer.Argument(help="Show keys that begin with this, such as train or engine.")] = "",
 ) -> None:

@@ -25,7 +25,7 @@ from dskd.data.vocabulary_map import exact_ids, load_or_build
 from dskd.engine.checkpoint import Saved, Scores, best_of, model_name, save_model
 from dskd.engine.distributed import Ranks
 from dskd.engine.keeper import Keeper, opened
-from dskd.engine.metrics import LOG, Monitor
+from dskd.engine.metrics import LOG, Monitor, progress_bar
 from dskd.engine.preemption import Stopped, ignore_signals
 from dskd.engine.state import Progress
 from dskd.engine.watch import watching
@@ -383,8 +383,9 @@ def aligned_vocabulary(run: RunConfig, teacher: Any, student: Any, ranks: Ranks)
     if run.method.alignment == "exact":
         return torch.from_numpy(exact_ids(teacher, student))
     folder = run.data.cache_dir or run.output.root / "cache"
-    for turn in (True, False):
+    for turn in (True, False):  # the main rank makes it, the others read it
         if ranks.is_main is turn:
-            found = load_or_build(folder, teacher, student)
+            with progress_bar("vocabulary map") as progress:
+                found = load_or_build(folder, teacher, student, progress)
         ranks.barrier()
     return torch.from_numpy(found.student_ids.astype(np.int64))

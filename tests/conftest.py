@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -22,6 +23,8 @@ from dskd.engine import distributed
 from dskd.launch.local import free_port, rank_environment
 
 hf_logging.disable_progress_bar()
+settings.register_profile("untimed", deadline=None)  # machines are noisy
+settings.load_profile("untimed")
 
 # Rows of embeddings beyond the tokenizer's: no two families are equally wide.
 PADDING = {"gpt2": 5, "llama": 11, "qwen2": 24, "mistral": 8, "gemma2": 16}

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
+from dskd.config.errors import UserError
 from dskd.data.alignment import BYTE_PIECE, END_OF_TEXT, SILENT_ROLES, IntArray, Tokenizer, vocabulary_bytes
 
 Progress = Callable[[int, int], None]
@@ -106,7 +108,7 @@ def load_or_build(
     """The map from its file in `cache_dir`, which is made if missing; see `build_vocabulary_map`.
 
     The file's name states both vocabularies, and it appears whole or not at all: processes that start at once
-    may each build it, to the same result. Raises ValueError if the file holds the map of other vocabularies.
+    may each build it, to the same result. Raises UserError if the file holds the map of other vocabularies.
     """
     expected = vocabulary_hash(teacher_tokenizer), vocabulary_hash(student_tokenizer)
     path = cache_dir / f"vocabulary_map_{expected[0][:16]}_{expected[1][:16]}.npz"
@@ -115,7 +117,7 @@ def load_or_build(
     vocabulary_map = load(path)
     found = vocabulary_map.teacher_hash, vocabulary_map.student_hash
     if found != expected:
-        raise ValueError(
+        raise UserError(
             f"{path} maps other vocabularies: it was made for teacher {found[0]} and student {found[1]}, "
             f"the tokenizers are teacher {expected[0]} and student {expected[1]}; delete the file"
         )
@@ -142,10 +144,13 @@ def save(path: Path, vocabulary_map: VocabularyMap) -> None:
 
 
 def load(path: Path) -> VocabularyMap:
-    """Read what `save` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        teacher_hash, student_hash = arrays["hashes"].tolist()
-        return VocabularyMap(arrays["student_ids"], arrays["distance"], teacher_hash, student_hash)
+    """Read what `save` wrote. Raises UserError where the file is something else."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            teacher_hash, student_hash = arrays["hashes"].tolist()
+            return VocabularyMap(arrays["student_ids"], arrays["distance"], teacher_hash, student_hash)
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise UserError(f"{path} is no vocabulary map ({error}); delete the file") from None
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:

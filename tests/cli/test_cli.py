@@ -19,6 +19,7 @@ VERBS = typer.main.get_command(app).commands
 WORDS = {
     "train": ("RUN.yaml", "KEY=VALUE", "student"),
     "evaluate": ("--data", "--seeds", "--greedy", "--processes", "ROUGE-L"),
+    "align": ("TEACHER", "STUDENT", "--cache-dir", "nearest"),
     "settings": ("prefix", "default"),
     "recipes": ("jobs",),
     "quickstart": ("--processes", "teacher"),
@@ -146,3 +147,14 @@ def test_seeds_are_typed_with_spaces():
     ]
     assert join_numbers(["evaluate", "--seeds", "10 20", "7"]) == ["evaluate", "--seeds", "10 20,7"]
     assert join_numbers(["evaluate", "m", "--seeds", "--greedy", "3"]) == ["evaluate", "m", "--seeds", "--greedy", "3"]
+
+
+def test_align_tells_how_many_tokens_match(tiny, tmp_path):
+    folders = tiny("qwen2"), tiny("llama")
+    shown = [output_of("align", *folders, "--cache-dir", tmp_path) for _ in range(2)]
+    assert shown[0] == shown[1]
+    counts = {line.split("match ")[1]: int(line.split()[0]) for line in shown[0].splitlines() if "match" in line}
+    assert set(counts) == {"exactly", "nearly", "not at all"}
+    assert counts["exactly"] > 90
+    assert len(list(tmp_path.iterdir())) == 1
+    assert mistake_of("align", tmp_path, folders[1]).startswith(f"dskd: TEACHER: no tokenizer loads from {tmp_path}")

@@ -91,7 +91,7 @@ lengths_of = st.lists(st.integers(0, 6), min_size=1, max_size=3)
 
 
 @pytest.mark.parametrize("kind", METHODS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=3),
     vocabularies=st.tuples(st.integers(2, 40), st.integers(2, 40)),
