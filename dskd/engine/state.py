@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from dskd import __version__
@@ -179,4 +178,4 @@ def load(folder: Path, engine: Any, seed: int, ranks: Ranks) -> None:
             randomness.restore(tensors, file.metadata(), ranks.device)
     else:
         LOG.info(f"{about['world_size']} rank(s) wrote the state, {ranks.world_size} go on: dropout is seeded anew")
-        torch.manual_seed(hash((seed, about["step"], ranks.rank)))
+        randomness.seed(abs(hash((seed, about["step"], ranks.rank))))

@@ -20,7 +20,7 @@ CONFIGURATIONS = {
     "lora-zero0": ["method.kind=sft", "student.lora={rank: 4}", "engine.zero_stage=0"],
     "lora-zero3": ["method.kind=sft", "student.lora={rank: 4}", "engine.zero_stage=3"],
 }
-STEPS, PER_EPOCH = 60, 5
+STEPS, PER_EPOCH = 50, 5
 MEASURED = {"seconds", "tokens_per_second"}
 """Figures of a step that differ between any two runs."""
 
@@ -54,7 +54,7 @@ def run_file(make_run, tmp_path_factory):
         train={"epochs": STEPS // PER_EPOCH, "global_batch_size": 8},
         engine={"persistence_threshold": 0},
         checkpoint={"every_steps": 2, "keep_last": 2},
-        eval={"every_epochs": 2, "generate": True, "generation": {"max_length": 40, "max_prompt_length": 32}},
+        eval={"every_epochs": 2, "generate": True, "generation": {"max_length": 36, "max_prompt_length": 32}},
     )
 
 
