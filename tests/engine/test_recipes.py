@@ -12,12 +12,9 @@ from conftest import varied_records, write_records
 
 from dskd.config.load import load_run
 from dskd.config.recipes import find_recipes
-from dskd.losses import METHODS
 from dskd.train import train
 
-RECIPES = {
-    "/".join(r.file.with_suffix("").parts[-2:]): r.file.absolute() for r in find_recipes() if r.method in METHODS
-}
+RECIPES = {"/".join(r.file.with_suffix("").parts[-2:]): r.file.absolute() for r in find_recipes()}
 PAPER = [name for name in RECIPES if not name.startswith("quickstart/")]
 STEPS = 3
 # Model: family, tokenizer, hidden size. The students' own tokenizer is "pieces".
@@ -93,7 +90,8 @@ def test_three_steps_of_each_recipe(name, small):
     assert all(math.isfinite(value) for step in steps for value in step.values())
     assert all(step["loss"] > 0 and step["grad_norm"] > 0 for step in steps)
     assert steps[0]["lr"] == run.train.lr
-    assert set(steps[0]) > {"loss", "ce", "lr", "tokens"}
+    assert any(key.endswith("kd") for key in steps[0]) is (run.teacher is not None)
+    assert all(step.get("aligned_tokens", 1) > 0 for step in steps)
     # The saved model is named by what makes it the best.
     assert f"rougel{evaluation['dev_rougel']:.4f}" in small.saved(name).name
     assert (small.saved(name) / "adapter_model.safetensors").is_file() is (run.student.lora is not None)
