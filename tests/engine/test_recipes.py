@@ -26,6 +26,7 @@ MODELS = {
     "llama2-7b": ("llama", "pieces", 64),
     "mistral-7b": ("mistral", "bytes", 64),
 }
+# Trained teacher: the recipe that saves it.
 TEACHERS = {
     "qwen1.5-1.8b-sft": "gpt2/sft_qwen",
     "llama2-7b-sft-lora": "tinyllama/sft_llama2",
