@@ -228,18 +228,25 @@ def settings(
 def recipes(
     folder: Annotated[Path | None, typer.Argument(help="Where to look; default: the jobs that come with dskd.")] = None,
 ) -> None:
-    """List the run files in jobs/ with one line each."""
+    """List the run files in jobs/, one line each: method, student, teacher and what else there is to say."""
     from rich.console import Console
     from rich.table import Column, Table
 
     from dskd.config.recipes import find_recipes
 
+    terminal = sys.stdout.isatty()
     table = Table(
-        Column("recipe", overflow="fold"), "method", "description", box=None, pad_edge=False, header_style="bold"
+        Column("recipe", overflow="fold"),
+        *("method", "student", "teacher"),
+        Column("description", no_wrap=True, ratio=1 if terminal else None),  # what the terminal has left over
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        expand=terminal,
     )
     for recipe in find_recipes(folder):
-        table.add_row(str(recipe.file), recipe.method, recipe.description)
-    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+        table.add_row(str(recipe.file), recipe.method, recipe.student, recipe.teacher, recipe.description)
+    Console(width=None if terminal else 1000, markup=False, highlight=False).print(table)
 
 
 @app.command()

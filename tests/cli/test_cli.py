@@ -1,6 +1,8 @@
 """The real command, as typed: help, listings, and mistakes; and that these need no torch."""
 
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +78,30 @@ def test_settings_are_listed_whole():
 
 def test_recipes_are_listed_from_anywhere(tmp_path):
     shown = output_of("recipes", cwd=tmp_path)
-    assert all(recipe.file.name in shown and recipe.description in shown for recipe in find_recipes())
+    header, *lines = shown.splitlines()
+    assert header.split() == ["recipe", "method", "student", "teacher", "description"]
+    for line, recipe in zip(lines, find_recipes(), strict=True):
+        told = (recipe.method, recipe.student, recipe.teacher, recipe.description)
+        file, rest = line.split(maxsplit=1)
+        assert Path(file) == recipe.file.absolute()
+        assert rest.split() == " ".join(told).split()
+
+
+def test_recipes_fit_a_terminal_of_100_columns(monkeypatch):
+    """A line each; what does not fit is cut from the description, never from the path that is to be copied."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(ROOT)
+    app(["recipes"], standalone_mode=False)
+    plain = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())
+    _, *lines = plain.splitlines()
+    assert max(map(len, lines)) <= 100
+    for line, recipe in zip(lines, find_recipes(), strict=True):
+        assert line.split()[0] == str(recipe.file)
+        assert line.rstrip().endswith("…") or line.rstrip().endswith(recipe.description)
 
 
 def test_a_wrong_key_is_one_line(make_run, tmp_path):
@@ -126,6 +151,13 @@ def test_importing_the_command_line_imports_no_heavy_package():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "typer" in done.stdout.split()
     assert not heavy & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("verb", ["recipes", "settings"])
+def test_a_listing_imports_no_tensors(verb):
+    program = f"import sys; from dskd.cli import app; app(['{verb}'], standalone_mode=False); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "transformers", "peft", "deepspeed"} & set(done.stdout.splitlines()[-1].split())
 
 
 @login
