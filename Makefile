@@ -1,6 +1,7 @@
 # make quickstart   a real distillation in minutes, no GPU needed
 # make test         linters, types, import rules, tests
 # make test-faults  runs that are interrupted, on broken disks and with dead ranks; some minutes
+# make bench        losses, a step, alignments and saving against their dense or plain forms; half an hour
 # All set up what they need in .venv on their first run.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 LOGIN_VENV := .venv-login
 PIP_INSTALL = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt
 
-.PHONY: quickstart test test-faults lint setup clean
+.PHONY: quickstart test test-faults bench lint setup clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -22,6 +23,9 @@ test: $(VENV)/ready $(LOGIN_VENV)/ready lint
 
 test-faults: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m faults tests/faults
+
+bench: $(VENV)/ready
+	PYTHONPATH=tests $(VENV)/bin/python -m bench
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .

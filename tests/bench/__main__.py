@@ -78,7 +78,12 @@ def tables(results: dict) -> list[Table]:
         for name in ("minimum_edit", "exact"):
             row += [f"{1e3 * case[name]:.2f}", f"{1e3 * case[f'{name}_plain']:.1f}", f"{case[f'{name}_speedup']:.0f}"]
         aligned.add_row(tokens, *row)
-    return [heads, step, aligned]
+    saving = Table("saving the state", "s", "MiB", "step s", "share at 50 steps")
+    case = results["saving"]
+    share = f"{100 * case['share_at_50_steps']:.1f} %"
+    size = f"{case['state_bytes'] / 2**20:.0f}"
+    saving.add_row("dskd_cma", f"{case['save_seconds']:.2f}", size, f"{case['step_seconds']:.2f}", share)
+    return [heads, step, aligned, saving]
 
 
 def show(text: str | Table) -> None:
@@ -93,6 +98,7 @@ def main(arguments: list[str]) -> None:
         "loss_heads": loss_heads(quick),
         "training_step": training_step(files, quick),
         "alignments": alignments(),
+        "saving": in_own_process("saving"),
     }
     Path("bench.json").write_text(json.dumps(results, indent=2) + "\n")
     for table in tables(results):
