@@ -1,14 +1,18 @@
 # make quickstart   a real distillation in minutes, no GPU needed
 # make test         linters, types, import rules, tests
-# Both set up what they need in .venv on their first run.
+# make image        the Docker image
+# make test-image   builds it on a local base, and runs, stops and resumes it; needs root on Debian or Ubuntu
+# They set up what they need in .venv on their first run.
 
 PYTHON ?= python3
 VENV := .venv
 # An environment as a login node has it: the command line without torch.
 LOGIN_VENV := .venv-login
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+DOCKER ?= docker
 PIP_INSTALL = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt
 
-.PHONY: quickstart test lint setup clean
+.PHONY: quickstart test lint setup image test-image clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -24,6 +28,16 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/shellcheck docker/lock tests/docker/*.sh
+
+image:
+	DOCKER_BUILDKIT=1 $(DOCKER) build --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) \
+		--tag dskd:$(VERSION) .
+
+test-image: $(VENV)/ready
+	tests/docker/packages.sh
+	$(VENV)/bin/pytest -m image -s tests/docker
 
 # torch comes before the rest: without it, the others would pull in a build of their own choice.
 $(VENV)/ready: pyproject.toml docker/constraints.txt

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.config.errors import UserError
-from dskd.config.load import load_run
+from dskd.config.load import load_run, override, run_in
 from dskd.config.run import RunConfig
 
 HERE = Path("/opt/dskd")
@@ -42,7 +42,7 @@ class Driver:
     """Newest CUDA version that it runs."""
 
 
-def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+def main(arguments: list[str], environment: Mapping[str, str] = os.environ) -> None:
     if not os.access("/tmp", os.W_OK):
         os.environ.setdefault(
             "TMPDIR", "/dev/shm"
@@ -65,11 +65,11 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
 def job_of(arguments: Sequence[str]) -> Job | None:
     """None for a command that trains or evaluates nothing, or whose mistake dskd itself will tell."""
     try:
-        match arguments:
+        match [word for word in arguments if word != "--force"]:
             case ["train", file, *overrides]:
                 return job_of_run(load_run(Path(file), overrides))
-            case ["resume", directory, *_]:
-                return job_of_run(load_run(Path(directory) / "run.yaml"))
+            case ["resume", directory, *overrides]:
+                return job_of_run(override(run_in(Path(directory)), overrides))
             case ["evaluate", folder, *options]:
                 processes = option(options, "--processes")
                 return Job(int(processes) if processes else None, 0, Path(option(options, "--output") or folder))

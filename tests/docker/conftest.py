@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 USER = 1000
 # A distribution's docker brings BuildKit itself; another one earlier on PATH may need a plug-in for it.
 DOCKER = next((path for path in ("/usr/bin/docker", shutil.which("docker")) if path and Path(path).exists()), "docker")
-RESTRICTED = (f"--user={USER}:{USER}", "--network=none", "--read-only", "--cap-drop=ALL")
 
 Engine = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -39,7 +38,9 @@ def engine() -> Iterator[Engine]:
         options = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false", "--ip-forward=false"]
         roots = [f"--data-root={folder}/data", f"--exec-root={folder}/exec", f"--pidfile={folder}/pid"]
         log = (folder / "log").open("w")
-        daemon = subprocess.Popen(["dockerd", *options, *roots, "-H", f"unix://{folder}/socket"], stdout=log, stderr=log)
+        daemon = subprocess.Popen(
+            ["dockerd", *options, *roots, "-H", f"unix://{folder}/socket"], stdout=log, stderr=log
+        )
         try:
             wait_for(lambda: docker("info", check=False).returncode == 0, 30, (folder / "log").read_text)
             yield docker
@@ -53,7 +54,9 @@ def engine() -> Iterator[Engine]:
 def docker(*arguments: object, check: bool = True, timeout: float = 590) -> subprocess.CompletedProcess[str]:
     command = [DOCKER, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
-    assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert not check or done.returncode == 0, (
+        f"{command}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     return done
 
 
@@ -90,16 +93,14 @@ def image(engine: Engine) -> Image:
 
 @pytest.fixture(scope="session")
 def train(image: Image, tiny) -> Callable[..., list[str]]:
-    """`train(run_file, *flags)`: the arguments of docker that train it as the user 1000, with as few rights as can be."""
+    """`train(run_file, *flags, user=1000)`: docker's arguments that train it with as few rights as can be."""
 
-    def command(run_file: Path, *flags: str) -> list[str]:
-        give_to_user(tiny.root, run_file.parent)
-        mounts = (f"--volume={tiny.root}:{tiny.root}:ro", f"--volume={run_file.parent}:{run_file.parent}")
-        return ["run", "--rm", *RESTRICTED, *mounts, *flags, image.name, "train", str(run_file)]
+    def command(run_file: Path, *flags: str, user: int = USER) -> list[str]:
+        folder, models = run_file.parent, tiny.root
+        subprocess.run(["chown", "-R", f"{user}:{user}", folder], check=True)
+        subprocess.run(["chmod", "-R", "a+rX", models], check=True)
+        rights = (f"--user={user}:{user}", "--network=none", "--read-only", "--cap-drop=ALL")
+        mounts = (f"--volume={models}:{models}:ro", f"--volume={folder}:{folder}")
+        return ["run", "--rm", *rights, *mounts, *flags, image.name, "train", str(run_file)]
 
     return command
-
-
-def give_to_user(*folders: Path) -> None:
-    for folder in folders:
-        subprocess.run(["chown", "-R", f"{USER}:{USER}", folder], check=True)
