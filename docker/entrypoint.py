@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dskd.config.errors import UserError
-from dskd.config.load import load_run, override, run_in
-from dskd.config.run import RunConfig
+if TYPE_CHECKING:
+    from dskd.config.run import RunConfig
 
 HERE = Path("/opt/dskd")
 # Batches on their way from the workers, and NCCL's buffers; docker's default of 64 MiB is too small for them.
@@ -64,6 +64,11 @@ def main(arguments: list[str], environment: Mapping[str, str] = os.environ) -> N
 
 def job_of(arguments: Sequence[str]) -> Job | None:
     """None for a command that trains or evaluates nothing, or whose mistake dskd itself will tell."""
+    if not arguments or arguments[0] not in ("train", "resume", "evaluate"):
+        return None
+    from dskd.config.errors import UserError  # here: help is to answer at once
+    from dskd.config.load import load_run, override, run_in
+
     try:
         match [word for word in arguments if word != "--force"]:
             case ["train", file, *overrides]:
@@ -78,7 +83,7 @@ def job_of(arguments: Sequence[str]) -> Job | None:
     return None
 
 
-def job_of_run(run: RunConfig) -> Job:
+def job_of_run(run: "RunConfig") -> Job:
     return Job(run.launch.processes, run.data.workers, run.directory)
 
 
