@@ -1,5 +1,6 @@
 """docker/run composes the container of a job from its run file."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -82,6 +83,11 @@ def test_evaluation_gets_its_model_writable_and_its_records(tiny, tmp_path):
         *((path, "") for path in (tmp_path, tiny("llama"))),
         (records, "readonly"),
     }
+
+
+def test_evaluation_of_an_adapter_gets_the_model_that_it_belongs_to(tiny, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny("llama"))}))
+    assert (tiny("llama"), "readonly") in mounts(composed("evaluate", tmp_path, "--data=none.jsonl"))
 
 
 @pytest.mark.parametrize(
