@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Installs what the image's tests need: a docker engine, and debootstrap for a base image. Nothing where both are there.
 set -euo pipefail
-command -v docker debootstrap >/dev/null && { docker info >/dev/null 2>&1 || command -v dockerd >/dev/null; } && exit
+engine() { docker info || command -v dockerd; }
+if engine && command -v debootstrap; then exit; fi &>/dev/null
 if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
-    echo "no docker engine and debootstrap: as root on Debian or Ubuntu they would be installed" >&2
+    echo "a docker engine and debootstrap are needed; as root on Debian or Ubuntu they would be installed now" >&2
     exit 1
 fi
 apt-get update --quiet=2
