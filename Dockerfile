@@ -19,13 +19,15 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     else sed '/^ /d; s/[ ;\\].*//' /requirements-torch.txt >/versions.txt; set -- --constraint /versions.txt torch; fi \
     && /opt/tools/bin/pip --python /opt/dskd/bin/python install "$@" \
     && /opt/dskd/bin/python -c "import torch; print(torch.version.cuda or '')" >/opt/dskd/cuda-version
-# Compute capabilities to compile DeepSpeed's operators for. Its CPU Adam is compiled for the CPU of this machine.
+# Compute capabilities to compile DeepSpeed's operators for; its CPU Adam is compiled for the CPU of this machine. pip's cache
+# must stay out of it: it would hand over a DeepSpeed that was built without them.
 ARG TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0"
-RUN --mount=type=cache,target=/root/.cache/pip \
-    --mount=type=bind,source=docker/requirements.txt,target=/requirements.txt \
+RUN --mount=type=bind,source=docker/requirements.txt,target=/requirements.txt \
     if command -v nvcc; then export DS_ACCELERATOR=cuda DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1; fi \
     && /opt/tools/bin/pip --python /opt/dskd/bin/python install --require-hashes --no-deps --no-build-isolation \
-    --requirement /requirements.txt
+    --no-cache-dir --requirement /requirements.txt \
+    && if command -v nvcc; then grep "'cpu_adam': True.*'fused_adam': True" \
+    /opt/dskd/lib/python3*/site-packages/deepspeed/git_version_info_installed.py; fi
 
 # dskd itself, apart from the packages: a change of its source copies and installs nothing but its own few files.
 FROM packages AS wheel

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def seed(number: int) -> None:
+    """Begin all generators anew."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)  # CUDA's as well
+
+
 def capture(device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Python's, numpy's, torch's and CUDA's state, as tensors and as texts."""
     tensors = {"rng:torch": torch.get_rng_state()}
