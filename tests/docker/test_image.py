@@ -67,8 +67,9 @@ def start_and_end(engine, command, run_file: Path, *end: str) -> int:
     try:
         deadline = time.monotonic() + 180
         while len(steps(run_file)) < 12:
-            assert time.monotonic() < deadline, engine("logs", name, check=False).stderr
-            time.sleep(0.02)
+            running = engine("inspect", "--format={{.State.Running}}", name).stdout.strip() == "true"
+            assert running, engine("logs", name).stderr
+            assert time.monotonic() < deadline, engine("logs", name).stderr
         started = time.monotonic()
         engine(*end, name)
         code = int(engine("wait", name).stdout)
