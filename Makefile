@@ -1,8 +1,10 @@
 # make quickstart   a real distillation in minutes, no GPU needed
 # make test         linters, types, import rules, tests
+# make test-faults  runs that are interrupted, on broken disks and with dead ranks; some minutes
 # make image        the Docker image
 # make test-image   builds it on a local base, and runs, stops and resumes it; needs root on Debian or Ubuntu
-# They set up what they need in .venv on their first run.
+# make bench        losses, a step, alignments and saving against their dense or plain forms; half an hour
+# All set up what they need in .venv on their first run; make image needs docker alone.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +14,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DOCKER ?= docker
 PIP_INSTALL = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt
 
-.PHONY: quickstart test lint setup image test-image clean
+.PHONY: quickstart test test-faults bench lint setup image test-image clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -22,6 +24,12 @@ quickstart: $(VENV)/ready
 
 test: $(VENV)/ready $(LOGIN_VENV)/ready lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+
+test-faults: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m faults tests/faults
+
+bench: $(VENV)/ready
+	PYTHONPATH=tests $(VENV)/bin/python -m bench
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .

@@ -121,6 +121,24 @@ def start_training(run: "RunConfig", force: bool) -> None:
 
 
 @app.command()
+def collect(
+    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.")],
+    to: Annotated[Path, typer.Option(help="Where the models and index.json go.")],
+) -> None:
+    """Gather the saved models of many runs in one place, verified, with an index; what is there is not copied again."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dskd.engine.collect import collect as collect_into
+
+    table = Table("model", "step", "dev loss", "ROUGE-L", "MB", box=None, pad_edge=False, header_style="bold")
+    for model in collect_into(run_directories, to):
+        rougel = "" if model.rougel is None else f"{model.rougel:.2f}"
+        table.add_row(model.folder, str(model.step), f"{model.dev_loss:.4f}", rougel, f"{model.size / 1e6:.1f}")
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+
+
+@app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A saved model: a folder that `dskd train` wrote, or any other.")],
     data: Annotated[Path, typer.Option(help="Records to answer, jsonl.")],
@@ -165,6 +183,28 @@ def evaluate(
 
 
 @app.command()
+def align(
+    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A model's folder, or any with its tokenizer.")],
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="The same of the student.")],
+    cache_dir: Annotated[Path, typer.Option(help="Where maps are kept; a run's data.cache_dir.")] = Path(
+        "outputs/cache"
+    ),
+) -> None:
+    """Map each teacher token to its nearest student token, for method mined, and tell how many match."""
+    from dskd.data.vocabulary_map import load_or_build
+    from dskd.engine.metrics import progress_bar
+    from dskd.models.load import load_tokenizer
+
+    tokenizers = load_tokenizer(teacher, "TEACHER"), load_tokenizer(student, "STUDENT")
+    with progress_bar("vocabulary map") as progress:
+        found = load_or_build(cache_dir, *tokenizers, progress)
+    total = len(found.student_ids)
+    for count, label in ((found.exact, "exactly"), (found.near, "nearly"), (found.none, "not at all")):
+        print(f"{count:8d}  {100 * count / total:5.1f} %  match {label}")
+    print(f"{total:8d}  teacher tokens; map kept in {cache_dir}")
+
+
+@app.command()
 def settings(
     prefix: Annotated[str, typer.Argument(help="Show keys that begin with this, such as train or engine.")] = "",
 ) -> None:
@@ -188,18 +228,25 @@ def settings(
 def recipes(
     folder: Annotated[Path | None, typer.Argument(help="Where to look; default: the jobs that come with dskd.")] = None,
 ) -> None:
-    """List the run files in jobs/ with one line each."""
+    """List the run files in jobs/, one line each: method, student, teacher and what else there is to say."""
     from rich.console import Console
     from rich.table import Column, Table
 
     from dskd.config.recipes import find_recipes
 
+    terminal = sys.stdout.isatty()
     table = Table(
-        Column("recipe", overflow="fold"), "method", "description", box=None, pad_edge=False, header_style="bold"
+        Column("recipe", overflow="fold"),
+        *("method", "student", "teacher"),
+        Column("description", no_wrap=True, ratio=1 if terminal else None),  # what the terminal has left over
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        expand=terminal,
     )
     for recipe in find_recipes(folder):
-        table.add_row(str(recipe.file), recipe.method, recipe.description)
-    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+        table.add_row(str(recipe.file), recipe.method, recipe.student, recipe.teacher, recipe.description)
+    Console(width=None if terminal else 1000, markup=False, highlight=False).print(table)
 
 
 @app.command()

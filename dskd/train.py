@@ -2,38 +2,48 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dskd.config.errors import UserError
-from dskd.config.methods import MethodConfig, SftConfig
+from dskd.config.methods import MethodConfig, SftConfig, TeacherNeed
 from dskd.config.run import RunConfig, accumulation_steps
 from dskd.config.training import TrainConfig
+from dskd.data.alignment import aligner
 from dskd.data.batch import Batch
 from dskd.data.loader import Collator, Plan, Steps, evaluation_batches, load_steps
 from dskd.data.records import Record, read_records
 from dskd.data.tokenization import Limits, check_tokenizer
+from dskd.data.vocabulary_map import exact_ids, load_or_build
 from dskd.engine import randomness
 from dskd.engine.checkpoint import Saved, Scores, best_of, model_name
 from dskd.engine.distributed import Ranks
 from dskd.engine.keeper import Keeper, opened
-from dskd.engine.metrics import LOG, Monitor
+from dskd.engine.metrics import LOG, Monitor, progress_bar
 from dskd.engine.preemption import Stopped, ignore_signals
 from dskd.engine.state import Progress
 from dskd.engine.watch import watching
-from dskd.engine.zero import build_engine, deepspeed_config, partitioned_loading, set_learning_rates, step_at_boundary
+from dskd.engine.zero import (
+    build_engine,
+    deepspeed_config,
+    gathered,
+    partitioned_loading,
+    set_learning_rates,
+    step_at_boundary,
+)
 from dskd.evaluate import answer_all, mean_scores
 from dskd.losses import METHODS
 from dskd.losses.method import Method
 from dskd.losses.sft import Sft
-from dskd.losses.tensors import LossOutput, Sum, Tokens
-from dskd.models.load import load_student, load_teacher, load_tokenizer
+from dskd.losses.tensors import LossOutput, Scale, Sum, Tokens
+from dskd.models.load import load_projectors, load_student, load_teacher, load_tokenizer
 from dskd.models.views import ModelView, check_view, check_vocabulary
 
 
@@ -46,10 +56,10 @@ class Distiller(nn.Module):
         self.cross_entropy = Sft(SftConfig(), view, None, memory_mb)
         self._view = (view,)  # in a tuple: the view's modules are the student's
 
-    def forward(self, batch: Batch, teacher: Tokens | None, scales: dict[str, float]) -> LossOutput:
+    def forward(self, batch: Batch, teacher: Tokens | None, scale: Scale) -> LossOutput:
         """The method's loss while training, plain cross-entropy in evaluation."""
         student = self._view[0].tokens(batch.student)
-        loss: LossOutput = (self.method if self.training else self.cross_entropy)(student, teacher, scales)
+        loss: LossOutput = (self.method if self.training else self.cross_entropy)(student, teacher, scale)
         return loss
 
 
@@ -61,6 +71,8 @@ class Prepared:
     ranks: Ranks
     engine: Any
     """DeepSpeed's, around a Distiller."""
+    view: ModelView
+    """The student's."""
     teacher: ModelView | None
     plan: Plan
     train: Collator
@@ -132,35 +144,32 @@ def after_step(job: Prepared, keeper: Keeper, monitor: Monitor, progress: Progre
 
 
 def train_step(job: Prepared, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
-    """One optimizer step, number `step` from 1; returns its figures, the same on every rank.
-
-    The one place where sums become means: each part's scale holds its weight and the division by the response tokens of
-    the global batch, and undoes DeepSpeed's averaging over ranks and micro-batches.
-    """
+    """One optimizer step, number `step` from 1; returns its figures, the same on every rank."""
     started = time.monotonic()
     ranks, engine, method = job.ranks, job.engine, job.distiller.method
     tokens = ranks.sum_int(sum(len(batch.student.labels) for batch in micro_batches))
-    undo = ranks.world_size * len(micro_batches)
-    scales = {part: weight * undo / max(tokens, 1) for part, weight in method.weights.items()}
+    batches = [batch.to(ranks.device) for batch in micro_batches]
+    teachers: Iterable[Tokens | None] = (teacher_tokens(job.teacher, batch) for batch in batches)
+    if method.counts_itself and len(batches) > 1:
+        teachers = list(teachers)
+    scale = part_scale(job, tokens, len(batches), teachers)
     rates = learning_rates(job.run.train, step, job.total_steps)
     set_learning_rates(engine, rates)
+    method.start_step()
     outputs: list[LossOutput] = []
-    for index, micro_batch in enumerate(micro_batches, start=1):
-        batch = micro_batch.to(ranks.device)
-        output = engine(batch, teacher_tokens(job.teacher, batch), scales)
+    for index, (batch, teacher) in enumerate(zip(batches, teachers, strict=True), start=1):
+        output = engine(batch, teacher, scale)
         engine.backward(output.loss)
         outputs.append(output)
         if index < len(micro_batches):
             engine.step()  # counts the micro-batch; the weights are still untouched
-    parts, metrics = total(outputs, ranks)
-    refuse_non_finite(step, parts, micro_batches, outputs, ranks)
+    means = total(outputs, ranks)
+    refuse_non_finite(step, means, micro_batches, outputs, ranks)
     grad_norm = step_at_boundary(engine)
     seconds = time.monotonic() - started
-    means = {name: value / max(tokens, 1) for name, value in parts.items()}
     return {
-        "loss": sum(method.weights[name] * mean for name, mean in means.items()),
+        "loss": sum(weight * means[part] for part, weight in method.weights.items()),
         **means,
-        **metrics,
         **rates,
         "grad_norm": grad_norm,
         "tokens": tokens,
@@ -171,37 +180,59 @@ def train_step(job: Prepared, step: int, micro_batches: Sequence[Batch]) -> dict
 
 @torch.no_grad()
 def teacher_tokens(teacher: ModelView | None, batch: Batch) -> Tokens | None:
-    return teacher.tokens(batch.teacher) if teacher is not None else None
+    return None if teacher is None else teacher.tokens(batch.teacher)._replace(pairs=batch.pairs)
 
 
-def total(outputs: Sequence[LossOutput], ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
-    """Summed parts and mean metrics over micro-batches and ranks, with one collective."""
-    parts, metrics = list(outputs[0].parts), list(outputs[0].metrics)
-    sums = [sum_of(o.parts[name] for o in outputs) for name in parts]
-    sums += [sum_of(o.metrics[name].value for o in outputs) for name in metrics]
-    counts = torch.tensor([float(sum(o.metrics[name].tokens for o in outputs)) for name in metrics])
-    values = torch.cat([torch.stack(sums).double(), counts.to(sums[0].device, torch.float64)])
-    found = ranks.sum_and_agree(values).tolist()
-    n, m = len(parts), len(metrics)
-    means = {name: found[n + i] / max(found[n + m + i], 1.0) for i, name in enumerate(metrics)}
-    return dict(zip(parts, found, strict=False)), means
+def part_scale(job: Prepared, tokens: int, micro_batches: int, teachers: Iterable[Tokens | None]) -> Scale:
+    """The one place where sums become means: what each part's sum in a micro-batch is multiplied with.
+
+    It is the part's weight, divided by the tokens that it is over in the global batch, and undoes DeepSpeed's averaging
+    over ranks and micro-batches. `tokens` are the response tokens of the global batch.
+    """
+    ranks, method = job.ranks, job.distiller.method
+    undo = ranks.world_size * micro_batches
+
+    def divided(counts: Mapping[str, int]) -> dict[str, float]:
+        return {part: weight * undo / max(counts[part], 1) for part, weight in method.weights.items()}
+
+    def over_ranks(counts: Mapping[str, int]) -> dict[str, int]:
+        found = ranks.sum(torch.tensor(list(counts.values()), device=ranks.device)).tolist()
+        return dict(zip(counts, found, strict=True))
+
+    if not method.counts_itself:
+        scales = divided(dict.fromkeys(method.weights, tokens))
+    elif micro_batches == 1:
+        return lambda own: divided(over_ranks(own))
+    else:
+        with gathered(job.view.output, method):
+            ahead = [method.count_ahead(teacher) for teacher in teachers if teacher is not None]
+        counts = over_ranks({part: sum(own[part] for own in ahead) for part in ahead[0]})
+        scales = divided(dict.fromkeys(method.weights, tokens) | counts)
+    return lambda own: scales
 
 
-def sum_of(values: Any) -> Tensor:
-    return torch.stack(list(values)).sum()
+def total(outputs: Sequence[LossOutput], ranks: Ranks) -> dict[str, float]:
+    """Means of all parts and metrics over micro-batches and ranks, with one collective."""
+    sums = [output.parts | output.metrics for output in outputs]
+    names = list(sums[0])
+    values = [torch.stack([each[name].value for each in sums]).sum() for name in names]
+    counts = torch.tensor([float(sum(each[name].tokens for each in sums)) for name in names])
+    found = torch.cat([torch.stack(values).double(), counts.to(values[0].device, torch.float64)])
+    both = ranks.sum_and_agree(found).tolist()
+    return {name: both[i] / max(both[len(names) + i], 1.0) for i, name in enumerate(names)}
 
 
 def refuse_non_finite(
-    step: int, parts: Mapping[str, float], batches: Sequence[Batch], outputs: Sequence[LossOutput], ranks: Ranks
+    step: int, means: Mapping[str, float], batches: Sequence[Batch], outputs: Sequence[LossOutput], ranks: Ranks
 ) -> None:
     """Stop at the first loss that is not a number, before it reaches the weights, naming part and records."""
-    if all(math.isfinite(value) for value in parts.values()):
+    if all(math.isfinite(means[part]) for part in outputs[0].parts):
         return
     own = [
         (name, batch.records)
         for batch, output in zip(batches, outputs, strict=True)
-        for name, value in output.parts.items()
-        if not math.isfinite(float(value))
+        for name, part in output.parts.items()
+        if not math.isfinite(float(part.value))
     ]
     bad = [found for part in ranks.gather(own) for found in part]
     names = ", ".join(sorted({name for name, _ in bad}))
@@ -239,10 +270,10 @@ def evaluate_dev(job: Prepared) -> Scores:
     outputs, nothing = [], torch.zeros((), device=ranks.device)
     for batch, counts in evaluation_batches(job.dev, run.eval.generation.batch_size, ranks.rank, ranks.world_size):
         ranks.stop_if_asked()
-        output = engine(batch.to(ranks.device), None, {"ce": 1.0})
-        outputs.append(output if counts else LossOutput(nothing, {"ce": nothing}, {"accuracy": Sum(nothing, 0)}))
-    parts, metrics = total(outputs, ranks)
-    tokens = ranks.sum_int(sum(o.metrics["accuracy"].tokens for o in outputs))
+        output = engine(batch.to(ranks.device), None, lambda own: {"ce": 1.0})
+        empty = LossOutput(nothing, *(dict.fromkeys(sums, Sum(nothing, 0)) for sums in output[1:]))
+        outputs.append(output if counts else empty)
+    means = total(outputs, ranks)
     rougel = exact_match = None
     if run.eval.generate:
         student = job.distiller.student
@@ -251,7 +282,7 @@ def evaluate_dev(job: Prepared) -> Scores:
         )
         rougel, exact_match = mean_scores(answers)
     engine.train()
-    return Scores(parts["ce"] / max(tokens, 1), metrics["accuracy"], rougel, exact_match)
+    return Scores(means["ce"], means["accuracy"], rougel, exact_match)
 
 
 def describe(scores: Scores) -> str:
@@ -276,6 +307,11 @@ def announce(job: Prepared, progress: Progress, notes: Sequence[str]) -> None:
         LOG.info(f"going on after step {progress.step}")
     if run.teacher is not None and job.teacher is None:
         LOG.info(f"teacher: ignored, method {run.method.kind} learns from none")
+    if job.teacher is not None and run.method.teacher == "any" and job.train.teacher is None:
+        fitting = ", ".join(kinds_for("same_vocabulary"))
+        LOG.info(
+            f"method.kind: {run.method.kind} is for two vocabularies, and these two models share one: {fitting} fit"
+        )
 
 
 def prepare(run: RunConfig, ranks: Ranks) -> Prepared:
@@ -288,13 +324,14 @@ def prepare(run: RunConfig, ranks: Ranks) -> Prepared:
     check_tokenizer(tokenizer, limits, "student.path")
     torch.manual_seed(run.train.seed)
 
-    teacher, other_tokenizer = None, None
+    teacher, other_tokenizer, student_ids = None, None, None
     if run.teacher is not None and run.method.teacher != "none":
         teacher_tokenizer = load_tokenizer(run.teacher.path, "teacher.path", run.teacher.trust_remote_code)
         check_tokenizer(teacher_tokenizer, limits, "teacher.path")
         if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
             other_tokenizer = teacher_tokenizer
             refuse_other_vocabulary(run.method)
+            student_ids = aligned_vocabulary(run, teacher_tokenizer, tokenizer, ranks)
         teacher = ModelView(load_teacher(run.teacher, run.engine.precision, ranks.device), "teacher.path")
         check_vocabulary(teacher, teacher_tokenizer)
         check_view(teacher)
@@ -304,16 +341,21 @@ def prepare(run: RunConfig, ranks: Ranks) -> Prepared:
         student = load_student(run.student, run.engine.precision, run.engine.gradient_checkpointing)
     view = ModelView(student, "student.path")
     check_vocabulary(view, tokenizer)
-    method = METHODS[run.method.kind](run.method, view, teacher, run.engine.loss_memory_mb)
+    if getattr(run.method, "projectors_only", False):
+        student.requires_grad_(False)
+    with gathered(view.output):
+        method = METHODS[run.method.kind](run.method, view, teacher, run.engine.loss_memory_mb, student_ids)
+    load_projectors(method, getattr(run.method, "projectors_from", None))
     engine = build_engine(Distiller(student, view, method, run.engine.loss_memory_mb), method, run, config)
     check_view(view)
     engine.train()  # transformers loads models for evaluation, without dropout
     randomness.seed(run.train.seed + ranks.rank)  # dropout differs between the ranks
     total_steps = plan.steps_per_epoch * run.train.epochs
     total_steps = min(total_steps, run.train.max_steps or total_steps)
-    train_data = Collator(train_records, tokenizer, other_tokenizer, limits)
+    align = aligner(run.method.alignment, other_tokenizer, tokenizer) if other_tokenizer is not None else None
+    train_data = Collator(train_records, tokenizer, other_tokenizer, limits, align)
     dev_data = Collator(dev_records, tokenizer, None, limits)
-    return Prepared(run, ranks, engine, teacher, plan, train_data, dev_data, total_steps)
+    return Prepared(run, ranks, engine, view, teacher, plan, train_data, dev_data, total_steps)
 
 
 def plan_of(run: RunConfig, records: Sequence[Record]) -> Plan:
@@ -326,8 +368,26 @@ def plan_of(run: RunConfig, records: Sequence[Record]) -> Plan:
 
 def refuse_other_vocabulary(method: MethodConfig) -> None:
     if method.teacher == "same_vocabulary":
-        fitting = ", ".join(sorted(kind for kind, other in MethodConfig.kinds.items() if other.teacher == "any"))
         raise UserError(
             f"method.kind: {method.kind} needs one vocabulary, and student and teacher have different tokenizers; "
-            f"methods for two: {fitting}"
+            f"methods for two: {', '.join(kinds_for('any'))}"
         )
+
+
+def kinds_for(teacher: TeacherNeed) -> list[str]:
+    return sorted(kind for kind, other in MethodConfig.kinds.items() if other.teacher == teacher)
+
+
+def aligned_vocabulary(run: RunConfig, teacher: Any, student: Any, ranks: Ranks) -> Tensor | None:
+    """The student's token of each teacher token, [V] or -1, where the method needs it; made by the main rank."""
+    if run.method.alignment == "none":
+        return None
+    if run.method.alignment == "exact":
+        return torch.from_numpy(exact_ids(teacher, student))
+    folder = run.data.cache_dir or run.output.root / "cache"
+    for turn in (True, False):  # the main rank makes it, the others read it
+        if ranks.is_main is turn:
+            with progress_bar("vocabulary map") as progress:
+                found = load_or_build(folder, teacher, student, progress)
+        ranks.barrier()
+    return torch.from_numpy(found.student_ids.astype(np.int64))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dskd
 from dskd.config.errors import UserError
@@ -11,7 +12,12 @@ from dskd.config.load import read_layers
 @dataclass(frozen=True)
 class Recipe:
     file: Path
+    """Relative to the working directory where it lies below it."""
     method: str
+    student: str
+    """Name of the student's folder."""
+    teacher: str
+    """Name of the teacher's folder; empty without one."""
     description: str
 
 
@@ -32,8 +38,17 @@ def find_recipes(folder: Path | None = None) -> list[Recipe]:
 
 def recipe(file: Path) -> Recipe:
     values, _ = read_layers(file)
-    method = values.get("method")
-    kind = method.get("kind", "") if isinstance(method, dict) else ""
     here = Path.cwd()
-    shown = file.relative_to(here) if file.is_relative_to(here) else file
-    return Recipe(shown, str(kind), str(values.get("description", "")))
+    return Recipe(
+        file=file.relative_to(here) if file.is_relative_to(here) else file,
+        method=text(values, "method", "kind"),
+        student=Path(text(values, "student", "path")).name,
+        teacher=Path(text(values, "teacher", "path")).name,
+        description=str(values.get("description", "")),
+    )
+
+
+def text(values: dict[str, Any], section: str, key: str) -> str:
+    """The value of a key, or nothing: a listing shows a run file that would not run."""
+    found = values.get(section)
+    return str(found.get(key, "")) if isinstance(found, dict) else ""

@@ -12,10 +12,10 @@ Both take a text to be the same on both sides. A tokenizer may normalise it (Qwe
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Protocol
+from functools import lru_cache, partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 IntArray = npt.NDArray[np.int64]
+Align = Callable[[Sequence[int], Sequence[int]], IntArray]
+"""Token ids of a response, the teacher's and the student's -> [M, 2] rows of (teacher index, student index)."""
 
 # The piece of each tokenizer's end-of-sequence token, whatever its name ("</s>", "<|endoftext|>"). The byte
 # 0xFF is never part of UTF-8: EOS pairs with EOS where the texts are equal up to it, and with nothing else.
@@ -284,3 +286,30 @@ def _cheapest_path(costs: IntArray) -> IntArray:
             teacher -= 1
         path.append((teacher - 1, student - 1))
     return np.array(path[::-1], np.int64)
+
+
+def aligner(kind: Literal["none", "exact", "minimum_edit"], teacher: Tokenizer, student: Tokenizer) -> Align | None:
+    """The alignment that a method asks for, between two tokenizers."""
+    found = {"none": None, "exact": _exact_pairs_of_ids, "minimum_edit": _minimum_edit_pairs_of_ids}[kind]
+    return None if found is None else partial(found, teacher, student)
+
+
+def _exact_pairs_of_ids(teacher: Any, student: Any, teacher_ids: Sequence[int], student_ids: Sequence[int]) -> IntArray:
+    return exact_pairs(token_bytes(teacher, teacher_ids), token_bytes(student, student_ids))
+
+
+def _minimum_edit_pairs_of_ids(
+    teacher: Any, student: Any, teacher_ids: Sequence[int], student_ids: Sequence[int]
+) -> IntArray:
+    """A response that was cut off is aligned with as much of the other side's as has the same bytes."""
+    pieces = token_bytes(teacher, teacher_ids), token_bytes(student, student_ids)
+    bytes_of_both = min(sum(map(len, side)) for side in pieces)
+    tokens = []
+    for tokenizer, ids, side in zip((teacher, student), (teacher_ids, student_ids), pieces, strict=True):
+        starts = np.cumsum([0, *map(len, side)])[:-1]
+        kept = [index for index, start in zip(ids, starts, strict=True) if start < bytes_of_both]
+        spelled: list[str] = tokenizer.convert_ids_to_tokens(kept)
+        # The end of the text is the same token whatever its name is.
+        eos = tokenizer.eos_token_id
+        tokens.append(["</s>" if i == eos else token for i, token in zip(kept, spelled, strict=True)])
+    return minimum_edit_alignment(*tokens).pairs

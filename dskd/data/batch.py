@@ -1,12 +1,13 @@
 """Samples -> padded tensors, with the response tokens of the micro-batch as flat indices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from dskd.data.alignment import IntArray
 from dskd.data.tokenization import Sample
 
 
@@ -42,15 +43,38 @@ class Batch:
     """Indices of the records, for messages."""
     student: Side
     teacher: Side
+    pairs: Tensor | None = None  # [M, 2] int64, aligned response tokens: (of the teacher, of the student), each flat
 
     def to(self, device: torch.device) -> "Batch":
-        student = self.student.to(device)
-        return Batch(self.records, student, student if self.teacher is self.student else self.teacher.to(device))
+        return self.each(lambda moved: moved.to(device))
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader, so that the copy to a GPU overlaps with computing."""
-        student = self.student.pin_memory()
-        return Batch(self.records, student, student if self.teacher is self.student else self.teacher.pin_memory())
+        return self.each(lambda moved: moved.pin_memory())
+
+    def each(self, move: Callable[[Any], Any]) -> "Batch":
+        student = move(self.student)
+        teacher = student if self.teacher is self.student else move(self.teacher)
+        return Batch(self.records, student, teacher, None if self.pairs is None else move(self.pairs))
+
+
+def flat_pairs(
+    pairs: Sequence[IntArray], samples: Sequence[tuple[Sample, Sample]], teacher: Side, student: Side
+) -> Tensor:
+    """Aligned pairs of each sample's responses -> pairs of the micro-batch's response tokens, [M, 2].
+
+    Tokens that a `Side` leaves out, since nothing predicts them, have no pair.
+    """
+    found, starts = [torch.empty((0, 2), dtype=torch.int64)], torch.zeros(2, dtype=torch.int64)
+    for own, (student_sample, teacher_sample), *lengths in zip(
+        pairs, samples, teacher.lengths, student.lengths, strict=True
+    ):
+        kept = torch.tensor(lengths)
+        skipped = torch.tensor([len(teacher_sample.response), len(student_sample.response)]) - kept
+        shifted = torch.from_numpy(own) - skipped
+        found.append(shifted[(shifted >= 0).all(1)] + starts)
+        starts = starts + kept
+    return torch.cat(found)
 
 
 def collate(samples: Sequence[Sample], pad_id: int = 0) -> Side:

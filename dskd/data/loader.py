@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dskd.data.batch import Batch, collate
+from dskd.data.alignment import Align, IntArray
+from dskd.data.batch import Batch, collate, flat_pairs
 from dskd.data.records import Record
 from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
 
@@ -53,21 +54,36 @@ class Collator:
     teacher: Tokenizer | None
     """None where there is no teacher, or it shares the student's vocabulary."""
     limits: Limits
-    samples: dict[int, tuple[Sample, Sample | None]] = field(default_factory=dict)
-    """What this process has tokenized so far."""
+    align: Align | None = None
+    """Pairs the tokens of both sides' responses, where the method asks for it."""
+    samples: dict[int, tuple[Sample, Sample]] = field(default_factory=dict)
+    """What this process has tokenized so far, for student and teacher."""
+    pairs: dict[int, IntArray] = field(default_factory=dict)
+    """And aligned."""
 
     def __call__(self, indices: Sequence[int]) -> Batch:
-        pairs = [self.sample(index) for index in indices]
-        student = collate([pair[0] for pair in pairs])
-        teacher_samples = [pair[1] for pair in pairs if pair[1] is not None]
-        return Batch(tuple(indices), student, collate(teacher_samples) if teacher_samples else student)
+        samples = [self.sample(index) for index in indices]
+        student = collate([own for own, _ in samples])
+        if self.teacher is None:
+            return Batch(tuple(indices), student, student)
+        teacher = collate([other for _, other in samples])
+        pairs = None if self.align is None else flat_pairs([self.pair(i) for i in indices], samples, teacher, student)
+        return Batch(tuple(indices), student, teacher, pairs)
 
-    def sample(self, index: int) -> tuple[Sample, Sample | None]:
+    def sample(self, index: int) -> tuple[Sample, Sample]:
         if index not in self.samples:
             record = self.records[index]
-            teacher = tokenize(self.teacher, record, self.limits) if self.teacher is not None else None
-            self.samples[index] = (tokenize(self.student, record, self.limits), teacher)
+            student = tokenize(self.student, record, self.limits)
+            teacher = student if self.teacher is None else tokenize(self.teacher, record, self.limits)
+            self.samples[index] = (student, teacher)
         return self.samples[index]
+
+    def pair(self, index: int) -> IntArray:
+        if index not in self.pairs:
+            assert self.align is not None
+            student, teacher = self.sample(index)
+            self.pairs[index] = self.align(teacher.response.tolist(), student.response.tolist())
+        return self.pairs[index]
 
 
 class Steps(Dataset[list[Batch]]):

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
+from dskd.config.errors import UserError
 from dskd.data.alignment import BYTE_PIECE, END_OF_TEXT, SILENT_ROLES, IntArray, Tokenizer, vocabulary_bytes
 
 Progress = Callable[[int, int], None]
@@ -74,22 +76,26 @@ def build_vocabulary_map(
         progress: called with (done, total) while searching, in teacher tokens.
         workers: threads that search, -1 for one a core.
     """
-    teacher_pieces, student_pieces = vocabulary_bytes(teacher_tokenizer), vocabulary_bytes(student_tokenizer)
-    teacher, teacher_special = _ids_of_pieces(teacher_tokenizer, teacher_pieces)
-    student, student_special = _ids_of_pieces(student_tokenizer, student_pieces)
-    student_ids = np.full(len(teacher_pieces), -1, np.int32)
-    distance = np.full(len(teacher_pieces), -1, np.int16)
-
-    for pieces, known in ((teacher, student), (teacher_special, student_special)):
-        for piece in pieces.keys() & known.keys():
-            student_ids[pieces[piece]], distance[pieces[piece]] = known[piece][0], 0
-
+    teacher, _ = _ids_of_pieces(teacher_tokenizer)
+    student, _ = _ids_of_pieces(student_tokenizer)
+    student_ids = exact_ids(teacher_tokenizer, student_tokenizer).astype(np.int32)
+    distance = np.where(student_ids >= 0, 0, -1).astype(np.int16)
     missing, candidates = [piece for piece in teacher if piece not in student], list(student)
     for piece, nearest, edits in zip(missing, *_nearest(missing, candidates, progress, workers), strict=True):
         if edits < max(len(piece), len(candidates[nearest])):
             student_ids[teacher[piece]], distance[teacher[piece]] = student[candidates[nearest]][0], edits
     hashes = vocabulary_hash(teacher_tokenizer), vocabulary_hash(student_tokenizer)
     return VocabularyMap(student_ids, distance, *hashes)
+
+
+def exact_ids(teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> IntArray:
+    """[V_teacher]: the student token that stands for the same bytes, or is the same special token; -1 for none."""
+    teacher, student = _ids_of_pieces(teacher_tokenizer), _ids_of_pieces(student_tokenizer)
+    found = np.full(len(vocabulary_bytes(teacher_tokenizer)), -1, np.int64)
+    for pieces, known in zip(teacher, student, strict=True):
+        for piece in pieces.keys() & known.keys():
+            found[pieces[piece]] = known[piece][0]
+    return found
 
 
 def load_or_build(
@@ -102,7 +108,7 @@ def load_or_build(
     """The map from its file in `cache_dir`, which is made if missing; see `build_vocabulary_map`.
 
     The file's name states both vocabularies, and it appears whole or not at all: processes that start at once
-    may each build it, to the same result. Raises ValueError if the file holds the map of other vocabularies.
+    may each build it, to the same result. Raises UserError if the file holds the map of other vocabularies.
     """
     expected = vocabulary_hash(teacher_tokenizer), vocabulary_hash(student_tokenizer)
     path = cache_dir / f"vocabulary_map_{expected[0][:16]}_{expected[1][:16]}.npz"
@@ -111,7 +117,7 @@ def load_or_build(
     vocabulary_map = load(path)
     found = vocabulary_map.teacher_hash, vocabulary_map.student_hash
     if found != expected:
-        raise ValueError(
+        raise UserError(
             f"{path} maps other vocabularies: it was made for teacher {found[0]} and student {found[1]}, "
             f"the tokenizers are teacher {expected[0]} and student {expected[1]}; delete the file"
         )
@@ -138,10 +144,13 @@ def save(path: Path, vocabulary_map: VocabularyMap) -> None:
 
 
 def load(path: Path) -> VocabularyMap:
-    """Read what `save` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        teacher_hash, student_hash = arrays["hashes"].tolist()
-        return VocabularyMap(arrays["student_ids"], arrays["distance"], teacher_hash, student_hash)
+    """Read what `save` wrote. Raises UserError where the file is something else."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            teacher_hash, student_hash = arrays["hashes"].tolist()
+            return VocabularyMap(arrays["student_ids"], arrays["distance"], teacher_hash, student_hash)
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise UserError(f"{path} is no vocabulary map ({error}); delete the file") from None
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
@@ -155,10 +164,9 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _ids_of_pieces(
-    tokenizer: Tokenizer, pieces: Sequence[bytes]
-) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
+def _ids_of_pieces(tokenizer: Tokenizer) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
     """The ids of each non-empty piece of text and of each special piece, both in order of preference."""
+    pieces = vocabulary_bytes(tokenizer)
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     fallback = {index for token, index in tokenizer.get_vocab().items() if BYTE_PIECE.fullmatch(token)}
     ordinary_ids: dict[bytes, list[int]] = {}

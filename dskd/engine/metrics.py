@@ -5,8 +5,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -105,6 +105,17 @@ class Monitor:
             for name, value in figures.items():
                 if name != "step" and not isinstance(value, str):
                     self.board.add_scalar(name, value, int(figures["step"]))
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal, while something is made: call with (done, total)."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn(label), BarColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(label)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class _AboveBar(logging.Handler):

@@ -69,6 +69,11 @@ def build_engine(module: nn.Module, projectors: nn.Module, run: RunConfig, confi
     return engine
 
 
+def gathered(*modules: nn.Module) -> Any:
+    """A context in which the weights of `modules` are whole on every rank. A collective call under ZeRO-3."""
+    return deepspeed.zero.GatheredParameters([p for module in modules for p in module.parameters()])
+
+
 def set_learning_rates(engine: Any, rates: dict[str, float]) -> None:
     """Give each parameter group its rate for the next step; a function of the step, so that resuming needs no state."""
     for group in engine.optimizer.param_groups:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dskd.config.methods import DistillationConfig
+from dskd.losses.cross_entropy import softmax
 
 Distance = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -51,46 +52,43 @@ def log_of_mixture(mixture: Tensor) -> Tensor:
 
 def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p)."""
-    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
-    q = log_q.exp()
-    value = torch.linalg.vecdot(q, log_q.sub_(log_p))
-    return value, log_p.exp_().sub_(q)
+    (p, log_sum_p), (q, log_sum_q) = softmax(student), softmax(teacher)
+    value = torch.linalg.vecdot(q, teacher - student) + (log_sum_p - log_sum_q)
+    return value, p.sub_(q)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q)."""
-    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
-    p = log_p.exp()
-    ratio = log_p.sub_(log_q)
+    p, log_sum_p = softmax(student)
+    ratio = (student - teacher).add_((teacher.logsumexp(-1) - log_sum_p).unsqueeze_(-1))
     value = torch.linalg.vecdot(p, ratio)
     return value, ratio.sub_(value.unsqueeze(-1)).mul_(p)
 
 
 def js_divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2."""
-    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
+    (p, log_sum_p), (q, log_sum_q) = softmax(student), softmax(teacher)
     log_m = log_of_mixture(torch.lerp(p, q, 0.5))
-    to_p = log_p.sub_(log_m)
-    value = (torch.linalg.vecdot(p, to_p) + torch.linalg.vecdot(q, log_q.sub_(log_m))) / 2
+    to_p = (student - log_m).sub_(log_sum_p.unsqueeze_(-1))
+    to_q = log_m.neg_().add_(teacher).sub_(log_sum_q.unsqueeze_(-1))
+    value = (torch.linalg.vecdot(p, to_p) + torch.linalg.vecdot(q, to_q)) / 2
     return value, through_softmax(p, to_p.div_(2))
 
 
 def skewed_forward_kl(student: Tensor, teacher: Tensor, skew: float) -> tuple[Tensor, Tensor]:
     """KL(q || m) with m = skew q + (1 - skew) p."""
-    p, log_q = student.softmax(-1), teacher.log_softmax(-1)
-    q = log_q.exp()
+    p, (q, log_sum_q) = student.softmax(-1), softmax(teacher)
     mixed = torch.lerp(p, q, skew)
-    value = torch.linalg.vecdot(q, log_q.sub_(log_of_mixture(mixed)))
+    ratio = log_of_mixture(mixed).neg_().add_(teacher).sub_(log_sum_q.unsqueeze_(-1))
+    value = torch.linalg.vecdot(q, ratio)
     return value, through_softmax(p, q.div_(mixed).mul_(skew - 1))
 
 
 def skewed_reverse_kl(student: Tensor, teacher: Tensor, skew: float) -> tuple[Tensor, Tensor]:
     """KL(p || m) with m = (1 - skew) q + skew p."""
-    log_p, q = student.log_softmax(-1), teacher.softmax(-1)
-    p = log_p.exp()
+    (p, log_sum_p), q = softmax(student), teacher.softmax(-1)
     mixed = torch.lerp(q, p, skew)
-    ratio = log_p.sub_(log_of_mixture(mixed))
+    ratio = log_of_mixture(mixed).neg_().add_(student).sub_(log_sum_p.unsqueeze_(-1))
     value = torch.linalg.vecdot(p, ratio)
     return value, through_softmax(p, ratio.sub_(mixed.reciprocal_().mul_(p).mul_(skew)))
 

@@ -1,38 +1,32 @@
-"""Dual-space distillation with cross-model attention, for two vocabularies (arXiv 2406.17328, section 3.3).
-
-The teacher's hidden states are brought into the student's space (t2s), and the student's into the teacher's (s2t), by
-attention between the two token sequences; each side's own head then gives distributions to compare.
-"""
+"""Dual-space distillation with cross-model attention, for two vocabularies (arXiv 2406.17328, section 3.3)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dskd.config.methods import DskdCmaConfig
-from dskd.losses.divergence import at_temperature, distance, forward_kl
-from dskd.losses.method import Method
-from dskd.losses.sft import cross_entropy
-from dskd.losses.streaming import StreamedLogits, attach_gradients, chunks
-from dskd.losses.tensors import LossOutput, Model, Sum, Tokens
+from dskd.losses.dual_space import DualSpace, Projected
+from dskd.losses.tensors import LossOutput, Model, Scale, Tokens
 
 
-class DskdCma(Method):
+class DskdCma(DualSpace):
     """Projectors (d, D: hidden sizes of student and teacher): t2s D -> d, s2t d -> D, query 2d -> 2D."""
 
-    def __init__(self, settings: DskdCmaConfig, student: Model, teacher: Model | None, memory_mb: int) -> None:
+    def __init__(
+        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
+    ) -> None:
         super().__init__(settings, student, teacher, memory_mb)
         d, wide = self.student.hidden_size, self.teacher.hidden_size
         self.t2s, self.s2t, self.query = nn.Linear(wide, d), nn.Linear(d, wide), nn.Linear(2 * d, 2 * wide)
-        rate = settings.kd_rate
-        self.weights = {"ce": 1 - rate, "t2s_ce": rate, "t2s_kd": rate, "s2t_kd": rate}
-        self.distance = distance(settings)
-        self.s2t_distance = at_temperature(forward_kl, settings.temperature)
 
-    def forward(self, student: Tokens, teacher: Tokens | None, scales: dict[str, float]) -> LossOutput:
+    def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
         assert teacher is not None
+        # Both sides' sums are divided by the student's tokens.
+        counts = dict.fromkeys(self.weights, len(student.labels))
         t2s_hidden, s2t_hidden = self.cross_attention(student, teacher)
-        return self.loss(student, teacher, t2s_hidden, s2t_hidden, scales)
+        s2t = self.teacher_space(s2t_hidden, teacher.hidden, teacher.labels)
+        return self.student_space(student, Projected(t2s_hidden, student.labels), counts, scale(counts), s2t)
 
     def cross_attention(self, student: Tokens, teacher: Tokens) -> tuple[Tensor, Tensor]:
         """Teacher states at the student's tokens [N_s, d], and student states at the teacher's tokens [N_t, D].
@@ -56,48 +50,6 @@ class DskdCma(Method):
             t2s.append(scores.softmax(-1) @ v_teacher)
             s2t.append(scores.T.softmax(-1) @ v_student)
         return torch.cat(t2s).to(student.hidden.dtype), torch.cat(s2t).to(student.hidden.dtype)
-
-    def loss(
-        self, student: Tokens, teacher: Tokens, t2s_hidden: Tensor, s2t_hidden: Tensor, scales: dict[str, float]
-    ) -> LossOutput:
-        head, teacher_head = self.student.head(), self.teacher.head()
-        streamed = StreamedLogits(student.hidden, head, grad_head=True)
-        t2s = StreamedLogits(t2s_hidden, head)  # the head takes no gradient from the projected states
-        s2t = StreamedLogits(s2t_hidden, teacher_head)
-        target = StreamedLogits(teacher.hidden, teacher_head, grad_hidden=False)
-        ce, t2s_ce, t2s_kd, s2t_kd, correct, t2s_correct, s2t_correct = torch.zeros(7, device=student.hidden.device)
-        with torch.no_grad():
-            for rows in chunks(len(student.labels), self.memory_mb, [7 * self.student.vocab_size]):
-                logits, projected, labels = streamed.logits(rows), t2s.logits(rows), student.labels[rows]
-                right = projected.argmax(-1).eq(labels)
-                t2s_correct += right.sum()
-                correct += logits.argmax(-1).eq(labels).sum()
-
-                value, grad = cross_entropy(projected, labels)
-                t2s_ce += value.sum()
-                t2s.backward(rows, grad.mul_(scales["t2s_ce"]), projected)
-
-                # Only where the projected teacher is right is it worth learning from (equation 7).
-                value, kd_grad = self.distance(logits, projected)
-                t2s_kd += (value * right).sum()
-                value, grad = cross_entropy(logits, labels)
-                ce += value.sum()
-                grad.mul_(scales["ce"]).addcmul_(kd_grad, right.unsqueeze(-1).float(), value=scales["t2s_kd"])
-                streamed.backward(rows, grad, logits)
-            for rows in chunks(len(teacher.labels), self.memory_mb, [5 * self.teacher.vocab_size]):
-                logits, labels = s2t.logits(rows), teacher.labels[rows]
-                s2t_correct += logits.argmax(-1).eq(labels).sum()
-                value, grad = self.s2t_distance(logits, target.logits(rows))
-                s2t_kd += value.sum()
-                s2t.backward(rows, grad.mul_(scales["s2t_kd"]), logits)
-        parts = {"ce": ce, "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd}
-        gradients = streamed.gradients(student.hidden) + t2s.gradients(t2s_hidden) + s2t.gradients(s2t_hidden)
-        metrics = {
-            "accuracy": Sum(correct, len(student.labels)),
-            "t2s_accuracy": Sum(t2s_correct, len(student.labels)),
-            "s2t_accuracy": Sum(s2t_correct, len(teacher.labels)),
-        }
-        return LossOutput(attach_gradients(self.scaled(parts, scales), gradients), parts, metrics)
 
 
 def normalized(states: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """What every method is: a module that holds its projectors and turns response tokens into a loss."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from dskd.losses.tensors import LossOutput, Model, Tokens
+from dskd.losses.streaming import attach_gradients
+from dskd.losses.tensors import LossOutput, Model, Scale, Sum, Tokens
 
 
 class Method(nn.Module):
@@ -13,13 +15,26 @@ class Method(nn.Module):
     Built from its frozen settings and access to both models; anything registered as a submodule (projectors) is trained
     with `train.projector_lr` and saved with the run.
 
+    Args:
+        student_ids: [V] for the methods that align two vocabularies: the student's token of each teacher token, -1 for
+            none.
+
     Attributes:
         weights: the parts of the loss and what each is weighed by.
+        counts_itself: whether its parts are over other tokens than all of the response; then `count_ahead` exists.
     """
 
     weights: dict[str, float]
+    counts_itself = False
 
-    def __init__(self, settings: Any, student: Model, teacher: Model | None, memory_mb: int) -> None:
+    def __init__(
+        self,
+        settings: Any,
+        student: Model,
+        teacher: Model | None,
+        memory_mb: int,
+        student_ids: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.settings = settings
         # In a tuple, so that torch does not take the models for submodules of the method.
@@ -36,18 +51,34 @@ class Method(nn.Module):
         assert teacher is not None
         return teacher
 
-    def forward(self, student: Tokens, teacher: Tokens | None, scales: dict[str, float]) -> LossOutput:
+    def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
         """The loss of one micro-batch.
 
         Args:
             student, teacher: the response tokens of each side.
-            scales: what to multiply the sum of each part with, its weight and the division by the number of tokens of
-                the global batch included. It is needed here since gradients are computed in the forward pass.
+            scale: gives what to multiply the sum of each part with. It is needed here since gradients are computed in
+                the forward pass.
         """
         raise AssertionError(f"{type(self).__name__} has no forward")
 
-    def scaled(self, parts: dict[str, Tensor], scales: dict[str, float]) -> Tensor:
-        """The loss: each part times its scale."""
-        total = sum(scales[name] * value for name, value in parts.items())
-        assert isinstance(total, Tensor)
-        return total
+    def start_step(self) -> None:
+        """Called before the first forward of a step: the weights have changed."""
+
+    def count_ahead(self, teacher: Tokens) -> dict[str, int]:
+        """Tokens of this micro-batch that each part is over; parts left out are over all of the response.
+
+        Called before the first forward of a step of several micro-batches: a gradient needs the global batch's count.
+        """
+        return {}
+
+
+def finish(
+    parts: Mapping[str, Sum],
+    scales: Mapping[str, float],
+    gradients: Sequence[tuple[Tensor, Tensor]],
+    metrics: Mapping[str, Sum],
+) -> LossOutput:
+    """The loss, each part times its scale, as a function of the tensors whose gradients are known."""
+    loss = sum(scales[name] * part.value for name, part in parts.items())
+    assert isinstance(loss, Tensor)
+    return LossOutput(attach_gradients(loss, gradients), dict(parts), dict(metrics))

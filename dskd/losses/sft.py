@@ -1,43 +1,34 @@
 """Cross-entropy on the response: supervised fine-tuning, and the dev loss of every method."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dskd.config.methods import SftConfig
-from dskd.losses.method import Method
-from dskd.losses.streaming import StreamedLogits, attach_gradients, chunks
-from dskd.losses.tensors import LossOutput, Model, Sum, Tokens
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [n] of logits [n, V], and its gradient [n, V]."""
-    log_probs = logits.log_softmax(-1)
-    value = -log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    grad = log_probs.exp_()
-    grad[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return value, grad
+from dskd.losses.cross_entropy import cross_entropy, predicts
+from dskd.losses.method import Method, finish
+from dskd.losses.streaming import StreamedLogits, stream
+from dskd.losses.tensors import LossOutput, Model, Scale, Sum, Tokens
 
 
 class Sft(Method):
     """-log p(response token), arXiv 2406.17328, equation 1."""
 
-    def __init__(self, settings: SftConfig, student: Model, teacher: Model | None, memory_mb: int) -> None:
+    def __init__(
+        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
+    ) -> None:
         super().__init__(settings, student, teacher, memory_mb)
         self.weights = {"ce": 1.0}
 
-    def forward(self, student: Tokens, teacher: Tokens | None, scales: dict[str, float]) -> LossOutput:
+    def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
+        count = len(student.labels)
+        scales = scale({"ce": count})
         streamed = StreamedLogits(student.hidden, self.student.head(), grad_head=True)
-        total = student.hidden.new_zeros((), dtype=torch.float32)
-        correct = total.clone()
-        train = torch.is_grad_enabled()
-        with torch.no_grad():
-            for rows in chunks(len(student.labels), self.memory_mb, [2 * self.student.vocab_size]):
-                logits, labels = streamed.logits(rows), student.labels[rows]
-                value, grad = cross_entropy(logits, labels)
-                total += value.sum()
-                correct += logits.argmax(-1).eq(labels).sum()
-                if train:
-                    streamed.backward(rows, grad.mul_(scales["ce"]), logits)
-        parts = {"ce": total}
-        loss = attach_gradients(self.scaled(parts, scales), streamed.gradients(student.hidden) if train else [])
-        return LossOutput(loss, parts, {"accuracy": Sum(correct, len(student.labels))})
+        ce, correct = torch.zeros(2, device=student.hidden.device)
+        for rows, (logits,) in stream(range(count), self.memory_mb, streamed):
+            labels = student.labels[rows]
+            correct += predicts(logits, labels).sum()
+            value, grad = cross_entropy(logits, labels, self.settings.label_smoothing)
+            ce += value.sum()
+            streamed.keep_gradient(logits, grad.mul_(scales["ce"]))
+        return finish({"ce": Sum(ce, count)}, scales, streamed.gradients(), {"accuracy": Sum(correct, count)})

@@ -4,6 +4,7 @@ What goes into and comes out of a method are named tuples and no dataclasses: De
 in a module's inputs and outputs, to gather a sharded head before the backward pass, and it looks into no dataclass.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -27,6 +28,7 @@ class Tokens(NamedTuple):
     inputs: Tensor  # [N], the token at that place
     labels: Tensor  # [N], the token to predict
     lengths: tuple[int, ...]  # tokens of each sample; their sum is N
+    pairs: Tensor | None = None  # [M, 2] the teacher's only: (token here, token of the student) that are aligned
 
 
 class Model(Protocol):
@@ -53,7 +55,12 @@ class Sum(NamedTuple):
 class LossOutput(NamedTuple):
     loss: Tensor
     """Scalar to call backward on: the scaled sum of the parts."""
-    parts: dict[str, Tensor]
-    """Unscaled sum of each part, detached."""
+    parts: dict[str, Sum]
+    """Unscaled sum of each part."""
     metrics: dict[str, Sum]
     """Anything else worth logging, such as token accuracy."""
+
+
+Scale = Callable[[Mapping[str, int]], Mapping[str, float]]
+"""Tokens of this micro-batch that each part is over -> what to multiply the part's sum with: its weight, divided by its
+tokens in the global batch. A method calls it once, before the first gradient."""

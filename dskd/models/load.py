@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -101,6 +102,19 @@ def merge_adapter(model: Any, adapter: Path, key: str) -> Any:
         return adapted.merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{key}: the adapter in {adapter} does not fit the model: {first_line(error)}") from None
+
+
+def load_projectors(method: nn.Module, folder: Path | None) -> None:
+    """Give a method the projectors of a saved model. Raises `UserError` where they do not fit."""
+    if folder is None:
+        return
+    file = folder / "projectors.safetensors"
+    if not file.is_file():
+        raise UserError(f"method.projectors_from: no projectors.safetensors in {folder}")
+    try:
+        method.load_state_dict(load_file(file))
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"method.projectors_from: {file} does not fit: {' '.join(str(error).split())}") from None
 
 
 def load_checkpoint(folder: Path, precision: str, device: torch.device) -> Any:

@@ -1,6 +1,8 @@
 """The real command, as typed: help, listings, and mistakes; and that these need no torch."""
 
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LOGIN = ROOT / ".venv-login" / "bin" / "dskd"
 VERBS = typer.main.get_command(app).commands
 WORDS = {
-    "train": ("RUN.yaml", "KEY=VALUE", "student"),
+    "train": ("RUN.yaml", "KEY=VALUE", "student", "--force", "75"),
+    "resume": ("RUN_DIR", "KEY=VALUE", "--force"),
+    "collect": ("RUN_DIR", "--to"),
     "evaluate": ("--data", "--seeds", "--greedy", "--processes", "ROUGE-L"),
+    "align": ("TEACHER", "STUDENT", "--cache-dir", "nearest"),
     "settings": ("prefix", "default"),
     "recipes": ("jobs",),
     "quickstart": ("--processes", "teacher"),
@@ -73,7 +78,30 @@ def test_settings_are_listed_whole():
 
 def test_recipes_are_listed_from_anywhere(tmp_path):
     shown = output_of("recipes", cwd=tmp_path)
-    assert all(recipe.file.name in shown and recipe.description in shown for recipe in find_recipes())
+    header, *lines = shown.splitlines()
+    assert header.split() == ["recipe", "method", "student", "teacher", "description"]
+    for line, recipe in zip(lines, find_recipes(), strict=True):
+        told = (recipe.method, recipe.student, recipe.teacher, recipe.description)
+        file, rest = line.split(maxsplit=1)
+        assert Path(file) == recipe.file.absolute()
+        assert rest.split() == " ".join(told).split()
+
+
+def test_recipes_fit_a_terminal_of_100_columns(monkeypatch):
+    """A line each; what does not fit is cut from the description, never from the path that is to be copied."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(ROOT)
+    app(["recipes"], standalone_mode=False)
+    plain = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())
+    _, *lines = plain.splitlines()
+    assert max(map(len, lines)) <= 100
+    for line, recipe in zip(lines, find_recipes(), strict=True):
+        assert line.split()[0] == str(recipe.file)
+        assert line.rstrip().endswith("…") or line.rstrip().endswith(recipe.description)
 
 
 def test_a_wrong_key_is_one_line(make_run, tmp_path):
@@ -97,6 +125,8 @@ def test_what_does_not_fit_this_machine_is_told_before_torch_is_loaded(make_run,
     ("arguments", "expected"),
     [
         (("train", "none.yaml"), "dskd: none.yaml: cannot be read: No such file or directory"),
+        (("resume", "tests"), f"dskd: {ROOT}/tests: no run.yaml: a run directory is expected"),
+        (("collect", "tests", "--to", "/none"), f"dskd: {ROOT}/tests: no run.yaml: a run directory is expected"),
         (("settings", "trian"), "dskd: settings: no key begins with 'trian'; areas: student, data, "),
         (("recipes", "tests/golden"), "dskd: recipes: no run files (*.yaml) under tests/golden"),
         (("evaluate", "/none", "--data", "x.jsonl"), "dskd: /none: no such folder: /none"),
@@ -123,6 +153,13 @@ def test_importing_the_command_line_imports_no_heavy_package():
     assert not heavy & set(done.stdout.split())
 
 
+@pytest.mark.parametrize("verb", ["recipes", "settings"])
+def test_a_listing_imports_no_tensors(verb):
+    program = f"import sys; from dskd.cli import app; app(['{verb}'], standalone_mode=False); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "transformers", "peft", "deepspeed"} & set(done.stdout.splitlines()[-1].split())
+
+
 @login
 @pytest.mark.parametrize("arguments", [("--help",), ("settings", "train"), ("recipes",)])
 def test_where_torch_is_not_installed(arguments):
@@ -146,3 +183,14 @@ def test_seeds_are_typed_with_spaces():
     ]
     assert join_numbers(["evaluate", "--seeds", "10 20", "7"]) == ["evaluate", "--seeds", "10 20,7"]
     assert join_numbers(["evaluate", "m", "--seeds", "--greedy", "3"]) == ["evaluate", "m", "--seeds", "--greedy", "3"]
+
+
+def test_align_tells_how_many_tokens_match(tiny, tmp_path):
+    folders = tiny("qwen2"), tiny("llama")
+    shown = [output_of("align", *folders, "--cache-dir", tmp_path) for _ in range(2)]
+    assert shown[0] == shown[1]
+    counts = {line.split("match ")[1]: int(line.split()[0]) for line in shown[0].splitlines() if "match" in line}
+    assert set(counts) == {"exactly", "nearly", "not at all"}
+    assert counts["exactly"] > 90
+    assert len(list(tmp_path.iterdir())) == 1
+    assert mistake_of("align", tmp_path, folders[1]).startswith(f"dskd: TEACHER: no tokenizer loads from {tmp_path}")

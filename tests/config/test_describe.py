@@ -8,7 +8,6 @@ import pytest
 from dskd.config.describe import settings
 from dskd.config.load import load_run
 from dskd.config.methods import MethodConfig
-from dskd.config.recipes import find_recipes, recipes_folder
 from dskd.config.run import RunConfig
 
 BY_KEY = {setting.key: setting for setting in settings()}
@@ -67,12 +66,3 @@ def test_defaults_that_are_told_are_accepted(tmp_path):
     overrides = [f"{s.key.replace('(kd)', '')}={s.default}" for s in told]
     plain = ["student.lora={}", f"output.root={Path('outputs').absolute()}"]
     assert load_run(file, overrides) == load_run(file, plain)
-
-
-def test_the_recipes_that_come_along_load(tmp_path):
-    recipes = find_recipes()
-    assert {recipe.method for recipe in recipes} <= set(MethodConfig.kinds)
-    assert all(recipe.description for recipe in recipes)
-    for file in recipes_folder().rglob("*.yaml"):
-        if not file.name.startswith("_"):
-            assert load_run(file).method.kind in MethodConfig.kinds

@@ -2,11 +2,13 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from dskd.data.alignment import aligner, token_bytes
 from dskd.data.batch import Batch, collate
 from dskd.data.loader import Collator, Plan, Steps, evaluation_batches, load_steps
 from dskd.data.records import Record
@@ -102,6 +104,48 @@ def test_two_tokenizers_give_two_sides(collator, tiny):
 def test_one_tokenizer_gives_one_side_for_both(tiny):
     batch = Collator(RECORDS, tiny.tokenizer("bytes"), None, LIMITS)([1, 2])
     assert batch.teacher is batch.student
+
+
+TEXTS = st.text(st.sampled_from("abc é東🐋 </s>1234\n"), max_size=30)
+
+
+@pytest.mark.parametrize("kind", ["exact", "minimum_edit"])
+@given(texts=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), longest=st.integers(8, 60), bos=st.booleans())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pairs_are_of_tokens_of_one_sample(kind, texts, longest, bos, tiny):
+    """Whatever is cut off, and where nothing predicts a first token: pairs are flat, increasing, and in one sample."""
+    records = [Record(prompt, (output,)) for prompt, output in texts]
+    teacher, student = tiny.tokenizer("bytes"), tiny.tokenizer("pieces")
+    limits = Limits(longest, longest // 2)
+    align = aligner(kind, teacher, student)
+    batch = Collator(records, student, teacher, limits, align)(range(len(records)))
+    own, other = batch.student, batch.teacher
+    sample_of = [np.repeat(np.arange(len(records)), side.lengths) for side in (other, own)]
+    pairs = batch.pairs.numpy()
+    assert (sample_of[0][pairs[:, 0]] == sample_of[1][pairs[:, 1]]).all()
+    assert (np.diff(pairs, axis=0) >= 0).all()
+    if kind == "exact":
+        pieces = token_bytes(teacher, other.labels.tolist()), token_bytes(student, own.labels.tolist())
+        for left, right in pairs.tolist():
+            # The first piece of a response may have the dummy space that its tokenizer puts there.
+            assert pieces[0][left].strip(b" ") == pieces[1][right].strip(b" ")
+    else:
+        whole = [a and b for a, b in zip(own.lengths, other.lengths, strict=True)]
+        assert set(sample_of[1][pairs[:, 1]].tolist()) == {i for i, both in enumerate(whole) if both}
+
+
+def test_a_response_that_is_cut_off_is_aligned_with_the_same_part_of_the_other(tiny):
+    record = [Record("Question:", ("one two three four five six seven eight nine ten",))]
+    teacher, student = tiny.tokenizer("bytes"), tiny.tokenizer("pieces")
+    whole = Collator(record, student, teacher, Limits(500, 40), aligner("minimum_edit", teacher, student))
+    cut = Collator(record, student, teacher, Limits(30, 20), aligner("minimum_edit", teacher, student))
+    lengths = [(len(c([0]).teacher.labels), len(c([0]).student.labels)) for c in (whole, cut)]
+    assert lengths[0] > lengths[1]
+    for collator, complete in ((whole, True), (cut, False)):
+        batch = collator([0])
+        ends = [token_bytes(t, s.labels.tolist()) for t, s in ((teacher, batch.teacher), (student, batch.student))]
+        reached = [len(b"".join(p[: i + 1])) for p, i in zip(ends, batch.pairs[-1].tolist(), strict=True)]
+        assert abs(reached[0] - reached[1]) <= (1 if complete else max(map(len, ends[0] + ends[1])))
 
 
 def test_a_record_is_tokenized_once(collator):

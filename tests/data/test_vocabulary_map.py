@@ -10,9 +10,10 @@ from plain import edit_distance
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dskd.config.errors import UserError
 from dskd.data import vocabulary_map as module
 from dskd.data.alignment import vocabulary_bytes
-from dskd.data.vocabulary_map import build_vocabulary_map, load, load_or_build, save, vocabulary_hash
+from dskd.data.vocabulary_map import build_vocabulary_map, exact_ids, load, load_or_build, save, vocabulary_hash
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -173,10 +174,26 @@ def test_a_file_of_other_vocabularies_is_refused(tmp_path):
     load_or_build(tmp_path, ours, student, workers=1)
     (path,) = tmp_path.iterdir()
     save(path, build_vocabulary_map(theirs, student, workers=1))
-    with pytest.raises(ValueError, match="maps other vocabularies") as error:
+    with pytest.raises(UserError, match="maps other vocabularies") as error:
         load_or_build(tmp_path, ours, student)
     for named in (path.name, vocabulary_hash(ours), vocabulary_hash(theirs), vocabulary_hash(student)):
         assert named in str(error.value)
+
+
+def test_a_file_that_is_no_map_is_refused(tmp_path):
+    teacher, student = byte_level("a"), byte_level("b")
+    load_or_build(tmp_path, teacher, student, workers=1)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"{path.name} is no vocabulary map"):
+        load_or_build(tmp_path, teacher, student)
+
+
+def test_exact_ids_are_those_at_distance_0(tiny):
+    teacher, student = tiny.tokenizer("bytes"), tiny.tokenizer("pieces")
+    found = build_vocabulary_map(teacher, student, workers=1)
+    np.testing.assert_array_equal(exact_ids(teacher, student), np.where(found.distance == 0, found.student_ids, -1))
+    assert (exact_ids(teacher, student) >= 0).sum() > 90
 
 
 def test_several_that_start_at_once_leave_one_whole_file(tmp_path):

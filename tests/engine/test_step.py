@@ -6,17 +6,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskd.config.errors import UserError
 from dskd.config.load import load_run
 from dskd.config.methods import MethodConfig
 from dskd.config.training import TrainConfig
+from dskd.data.batch import Side
 from dskd.losses import METHODS
-from dskd.losses.method import Method
-from dskd.losses.sft import cross_entropy
-from dskd.losses.streaming import StreamedLogits, attach_gradients
-from dskd.losses.tensors import LossOutput
+from dskd.losses.cross_entropy import cross_entropy
+from dskd.losses.method import Method, finish
+from dskd.losses.streaming import StreamedLogits, stream
+from dskd.losses.tensors import Sum
 from dskd.train import learning_rates, prepare, train, train_step
 
 
@@ -44,7 +46,7 @@ def long_records(folder, count=8):
                 out.write(json.dumps({"prompt": prompt, "output": answer}) + "\n")
 
 
-@pytest.mark.parametrize("kind", ["sft", "kd", "dskd_cma"])
+@pytest.mark.parametrize("kind", METHODS)
 def test_no_tensor_of_batch_times_length_times_vocabulary(kind, make_run, tmp_path, ranks):
     sizes = {"train": {"global_batch_size": 4, "micro_batch_size": 4}, "engine": {"loss_memory_mb": 1}}
     run_file = make_run(tmp_path, method={"kind": kind}, **sizes)
@@ -90,8 +92,59 @@ def test_parts_are_means_over_the_global_batch_however_it_is_cut(make_run, tmp_p
 
 def test_a_method_for_one_vocabulary_refuses_two(make_run, tiny, tmp_path, ranks):
     run_file = make_run(tmp_path, method={"kind": "kd"}, teacher={"path": tiny("qwen2")})
-    with pytest.raises(UserError, match=r"^method\.kind: kd needs one vocabulary, .* methods for two: dskd_cma$"):
+    with pytest.raises(
+        UserError,
+        match=r"^method\.kind: kd needs one vocabulary, .* methods for two: dskd_cma, dskd_v2_eta, mined, uld$",
+    ):
         prepare(load_run(run_file), ranks)
+
+
+@pytest.mark.parametrize("kind", ["uld", "mined", "dskd_cma", "dskd_v2_eta"])
+def test_a_method_for_two_vocabularies_runs_with_one_and_says_so(kind, make_run, tiny, tmp_path, ranks):
+    run_file = make_run(tmp_path, method={"kind": kind}, teacher={"path": tiny("mistral")}, train={"max_steps": 2})
+    directory = train(load_run(run_file), ranks)
+    log = (directory / "train.log").read_text()
+    assert f"method.kind: {kind} is for two vocabularies" in log
+    assert "dskd, dskd_v2, kd fit" in log
+    figures = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for step in figures for value in step.values())
+
+
+@pytest.mark.parametrize("kind", ["uld", "mined", "dskd_v2_eta"])
+def test_without_any_aligned_token_the_loss_is_finite_and_a_metric_tells(kind, make_run, tmp_path, ranks):
+    job = prepare(load_run(make_run(tmp_path, method={"kind": kind})), ranks)
+    batches = [job.train(indices) for indices in job.plan.micro_batches(0, 0, 1)]
+    usual = train_step(job, 1, batches)
+    assert 0 < usual["aligned_tokens"] <= 1
+    assert usual["samples_without_alignment"] < 1
+    nothing = torch.empty((0, 2), dtype=torch.int64)
+    empty = Side(*(torch.zeros(2, 1, dtype=torch.int64),) * 2, *(torch.empty(0, dtype=torch.int64),) * 3, (0, 0))
+    batches = [replace(b, pairs=nothing, teacher=empty if kind == "uld" else b.teacher) for b in batches]
+    figures = train_step(job, 2, batches)
+    assert all(math.isfinite(value) for value in figures.values())
+    assert figures["aligned_tokens"] == 0
+    assert figures["samples_without_alignment"] == 1
+
+
+def test_projectors_alone_are_trained_and_taken_over(make_run, tmp_path, ranks):
+    run_file = make_run(tmp_path, method={"kind": "dskd_cma", "projectors_only": True}, train={"max_steps": 2})
+    job = prepare(load_run(run_file), ranks)
+    before = {name: p.detach().clone() for name, p in job.distiller.named_parameters()}
+    train_step(job, 1, [job.train(indices) for indices in job.plan.micro_batches(0, 0, 1)])
+    for name, parameter in job.distiller.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("student."), name
+    directory = train(load_run(run_file), ranks)
+    (saved,) = directory.glob("epoch*")
+    second = make_run(tmp_path, method={"kind": "dskd_cma", "projectors_from": saved}, output={"name": "second"})
+    method = prepare(load_run(second), ranks).distiller.method
+    expected = load_file(saved / "projectors.safetensors")
+    assert {name for name, _ in method.named_parameters()} == set(expected)
+    assert all(torch.equal(p.detach().cpu(), expected[name]) for name, p in method.named_parameters())
+    other = make_run(tmp_path, method={"kind": "dskd", "projectors_from": saved}, output={"name": "third"})
+    with pytest.raises(UserError, match=r"^method\.projectors_from: .*projectors\.safetensors does not fit: .*query"):
+        prepare(load_run(other), ranks)
+    with pytest.raises(UserError, match=r"^method\.projectors_from: no projectors\.safetensors in "):
+        prepare(load_run(other, [f"method.projectors_from={tmp_path}"]), ranks)
 
 
 def test_a_method_is_added_from_outside(make_run, tmp_path, ranks, monkeypatch):
@@ -106,18 +159,19 @@ def test_a_method_is_added_from_outside(make_run, tmp_path, ranks, monkeypatch):
         """Weight."""
 
     class Toy(Method):
-        def __init__(self, settings, student, teacher, memory_mb):
-            super().__init__(settings, student, teacher, memory_mb)
+        def __init__(self, settings, *rest):
+            super().__init__(settings, *rest)
             self.weights = {"ce": settings.weight}
 
-        def forward(self, student, teacher, scales):
+        def forward(self, student, teacher, scale):
+            count, total = len(student.labels), torch.zeros(())
+            scales = scale({"ce": count})
             streamed = StreamedLogits(student.hidden, self.student.head(), grad_head=True)
-            with torch.no_grad():
-                value, grad = cross_entropy(streamed.logits(slice(None)), student.labels)
-                streamed.backward(slice(None), grad * scales["ce"])
-            parts = {"ce": value.sum()}
-            loss = attach_gradients(self.scaled(parts, scales), streamed.gradients(student.hidden))
-            return LossOutput(loss, parts, {})
+            for rows, (logits,) in stream(range(count), self.memory_mb, streamed):
+                value, grad = cross_entropy(logits, student.labels[rows])
+                total += value.sum()
+                streamed.keep_gradient(logits, grad * scales["ce"])
+            return finish({"ce": Sum(total, count)}, scales, streamed.gradients(), {})
 
     monkeypatch.setitem(METHODS, "toy", Toy)
     sizes = {"max_steps": 3, "global_batch_size": 8}

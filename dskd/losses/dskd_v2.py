@@ -1,0 +1,153 @@
+"""The successor of dual-space distillation, for one vocabulary and for two (arXiv 2504.11426).
+
+Projectors begin as what the two heads imply: W_s t2s(h) is closest to W_t h, and W_t s2t(h) to W_s h, over the tokens
+that both vocabularies hold. The projected teacher should predict what the teacher itself predicts, and the student
+learns in its own space where it does. Across vocabularies this happens at exactly aligned tokens (ETA).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dskd.losses.dual_space import DualSpace, Projected
+from dskd.losses.logit_method import alignment_metrics
+from dskd.losses.streaming import StreamedLogits, stream
+from dskd.losses.tensors import LossOutput, Model, Scale, Tokens
+
+ROWS = 2**14  # rows of a head that are copied to a wider type at a time
+
+
+class Aligned(NamedTuple):
+    """K aligned tokens."""
+
+    teacher: Tensor  # [K, D] hidden states
+    labels: Tensor  # [K] the teacher's next tokens
+    tokens: Tensor | None  # [K] which tokens of the student; None: all, in their order
+
+
+class DskdV2(DualSpace):
+    """Projectors without bias (d, D: hidden sizes of student and teacher): t2s D -> d, s2t d -> D.
+
+    With projector_init pseudo_inverse only t2s is trained; s2t follows from both heads, once a step.
+    """
+
+    counts_itself = True
+    student_ids: Tensor  # [V], the student's token of each of the teacher's, or -1
+
+    def __init__(
+        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
+    ) -> None:
+        super().__init__(settings, student, teacher, memory_mb)
+        held = (
+            torch.arange(min(self.student.vocab_size, self.teacher.vocab_size)) if student_ids is None else student_ids
+        )
+        padding = (0, self.teacher.vocab_size - len(held))  # a head may be wider than its tokenizer
+        self.register_buffer("student_ids", torch.nn.functional.pad(held, padding, value=-1), persistent=False)
+        self.masked = settings.agreement_mask
+        self.s2t_distance = self.distance  # the first paper's is always forward KL
+        d, wide = self.student.hidden_size, self.teacher.hidden_size
+        self.t2s = nn.Linear(wide, d, bias=False)
+        self.s2t = None if settings.projector_init == "pseudo_inverse" else nn.Linear(d, wide, bias=False)
+        self.s2t_weight: Tensor | None = None
+        if self.s2t is None:
+            (student_weight, student_rows), (teacher_weight, teacher_rows) = self.shared()
+            # No buffer: DeepSpeed would cast it.
+            self.teacher_inverse = inverse_of_gram(teacher_weight, teacher_rows)
+            student_inverse = inverse_of_gram(student_weight, student_rows)
+            product = cross_product(student_weight, student_rows, teacher_weight, teacher_rows, torch.float64)
+            with torch.no_grad():
+                self.t2s.weight.copy_(student_inverse.to(product.device) @ product)
+
+    def shared(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Both heads' weights, and their rows for the tokens that both vocabularies hold."""
+        held = self.student_ids.ge(0).nonzero().squeeze(-1)
+        student, teacher = self.student.head().weight.detach(), self.teacher.head().weight.detach()
+        return (student, self.student_ids[held]), (teacher, held)
+
+    def start_step(self) -> None:
+        self.s2t_weight = None
+
+    def to_student(self, hidden: Tensor) -> Tensor:
+        """Teacher's hidden states [K, D] in the student's space [K, d]."""
+        # Not through the module: DeepSpeed's hooks on it would shard the weight again while `count_ahead` needs it.
+        return torch.nn.functional.linear(hidden, self.t2s.weight)
+
+    def to_teacher(self, hidden: Tensor) -> Tensor:
+        """Student's hidden states [K, d] in the teacher's space [K, D]."""
+        if self.s2t is not None:
+            projected: Tensor = self.s2t(hidden)
+            return projected
+        if self.s2t_weight is None:
+            (student, student_rows), (teacher, teacher_rows) = self.shared()
+            product = cross_product(student, student_rows, teacher, teacher_rows, torch.float32)
+            self.s2t_weight = (product.to(self.teacher_inverse.dtype) @ self.teacher_inverse).T.to(hidden.dtype)
+        return torch.nn.functional.linear(hidden, self.s2t_weight)
+
+    def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
+        assert teacher is not None
+        at = self.aligned(teacher)
+        own = student.hidden if at.tokens is None else student.hidden[at.tokens]
+        s2t = self.teacher_space(self.to_teacher(own), at.teacher, at.labels, self.student_ids >= 0)
+        assert s2t.predictions is not None
+        t2s = self.projected(at, s2t.predictions)
+        counts = {"ce": len(student.labels)} | self.counts(t2s)
+        output = self.student_space(student, t2s, counts, scale(counts), s2t)
+        if teacher.pairs is not None:
+            output.metrics.update(alignment_metrics(teacher.pairs, student))
+        return output
+
+    def aligned(self, teacher: Tokens) -> Aligned:
+        if teacher.pairs is None:
+            return Aligned(teacher.hidden, teacher.labels, None)
+        from_teacher, tokens = teacher.pairs.unbind(-1)
+        return Aligned(teacher.hidden[from_teacher], teacher.labels[from_teacher], tokens)
+
+    def projected(self, at: Aligned, predictions: Tensor) -> Projected:
+        """The teacher in the student's space, where the student has the token that the teacher predicts."""
+        labels = self.student_ids[predictions]
+        kept = labels.ge(0).nonzero().squeeze(-1)
+        if at.tokens is None and len(kept) == len(labels):
+            return Projected(self.to_student(at.teacher), labels)
+        return Projected(
+            self.to_student(at.teacher[kept]), labels[kept], kept if at.tokens is None else at.tokens[kept]
+        )
+
+    def counts(self, t2s: Projected) -> dict[str, int]:
+        """Tokens of each part beside ce: all of `t2s`, or those where the projected teacher and the teacher agree."""
+        count = len(t2s.labels)
+        return {"t2s_ce": count, "t2s_kd": self.agreeing(t2s) if self.masked else count, "s2t_kd": count}
+
+    def agreeing(self, t2s: Projected) -> int:
+        """How many tokens the projected teacher predicts as the teacher does."""
+        streamed = StreamedLogits(t2s.hidden.detach(), self.student.head())
+        found = torch.zeros((), dtype=torch.int64, device=t2s.labels.device)
+        for rows, (logits,) in stream(range(len(t2s.labels)), self.memory_mb, streamed):
+            found += logits.argmax(-1).eq(t2s.labels[rows]).sum()
+        return int(found)
+
+    @torch.no_grad()
+    def count_ahead(self, teacher: Tokens) -> dict[str, int]:
+        at = self.aligned(teacher)
+        predictions = torch.empty_like(at.labels)
+        streamed = StreamedLogits(at.teacher, self.teacher.head())
+        for rows, (logits,) in stream(range(len(at.labels)), self.memory_mb, streamed):
+            predictions[rows] = logits.argmax(-1)
+        return self.counts(self.projected(at, predictions))
+
+
+def cross_product(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """left[left_rows].T @ right[right_rows], [d, D], in `dtype`."""
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=right.device)
+    for a, b in zip(torch.split(left_rows, ROWS), torch.split(right_rows, ROWS), strict=True):
+        total.addmm_(left[a.to(left.device)].to(right.device, dtype).T, right[b.to(right.device)].to(dtype))
+    return total
+
+
+def inverse_of_gram(weight: Tensor, rows: Tensor) -> Tensor:
+    """(W^T W)^-1 [D, D] in fp64, or its pseudo-inverse: W times it is the transposed pseudo-inverse of W^T.
+
+    It is always used with W beside it, so that an error grows with the condition of W and not with its square.
+    """
+    inverse: Tensor = torch.linalg.pinv(cross_product(weight, rows, weight, rows, torch.float64), hermitian=True)
+    return inverse

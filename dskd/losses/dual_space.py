@@ -1,0 +1,117 @@
+"""Dual-space distillation: distances in the student's space and in the teacher's (arXiv 2406.17328, section 3).
+
+The teacher's hidden states are projected into the student's space (t2s), the student's into the teacher's (s2t), and
+each side's own head then gives distributions to compare. What differs between the methods is where the projected
+states come from and which token the projected teacher should predict; the loss here is the same for all.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dskd.losses.cross_entropy import cross_entropy, predicts
+from dskd.losses.divergence import at_temperature, distance, forward_kl
+from dskd.losses.logit_method import student_order
+from dskd.losses.method import Method, finish
+from dskd.losses.streaming import StreamedLogits, stream
+from dskd.losses.tensors import LossOutput, Model, Sum, Tokens
+
+
+class Projected(NamedTuple):
+    """The teacher's hidden states in the student's space, for M of the student's tokens."""
+
+    hidden: Tensor  # [M, d]
+    labels: Tensor  # [M], what the projected teacher should predict
+    tokens: Tensor | None = None  # [M], which of the student's tokens; None: all, in their order
+
+
+class TeacherSpace(NamedTuple):
+    """The distance in the teacher's space over K tokens; its gradient is not scaled yet."""
+
+    streamed: StreamedLogits
+    value: Tensor  # scalar
+    correct: Tensor  # scalar, tokens that the projected student predicts right
+    predictions: Tensor | None  # [K], the teacher's own, where only some count
+
+
+class DualSpace(Method):
+    """Base of the dual-space methods: parts ce, t2s_ce, t2s_kd and s2t_kd."""
+
+    masked = True
+    """Whether only tokens where the projected teacher predicts its label count in t2s_kd (equation 7)."""
+
+    def __init__(
+        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
+    ) -> None:
+        super().__init__(settings, student, teacher, memory_mb)
+        rate = settings.kd_rate
+        self.weights = {"ce": 1 - rate, "t2s_ce": rate, "t2s_kd": rate, "s2t_kd": rate}
+        self.distance = distance(settings)
+        self.s2t_distance = at_temperature(forward_kl, settings.temperature)
+
+    def teacher_space(
+        self, s2t_hidden: Tensor, teacher_hidden: Tensor, labels: Tensor, held: Tensor | None = None
+    ) -> TeacherSpace:
+        """Distance of the projected student [K, D] from the teacher [K, D], through the teacher's head.
+
+        With `held` [V] bool, only tokens where the teacher predicts one of these count.
+        """
+        head = self.teacher.head()
+        streamed, target = StreamedLogits(s2t_hidden, head), StreamedLogits(teacher_hidden, head)
+        total, correct = torch.zeros(2, device=labels.device)
+        predictions = None if held is None else torch.empty_like(labels)
+        for rows, (logits, teacher_logits) in stream(range(len(labels)), self.memory_mb, streamed, target):
+            correct += predicts(logits, labels[rows]).sum()
+            value, grad = self.s2t_distance(logits, teacher_logits)
+            if held is not None and predictions is not None:
+                predictions[rows] = teacher_logits.argmax(-1)
+                learn = held[predictions[rows]].float()
+                value, grad = value.mul_(learn), grad.mul_(learn.unsqueeze(-1))
+            total += value.sum()
+            streamed.keep_gradient(logits, grad)
+        return TeacherSpace(streamed, total, correct, predictions)
+
+    def student_space(
+        self, student: Tokens, t2s: Projected, counts: Mapping[str, int], scales: Mapping[str, float], s2t: TeacherSpace
+    ) -> LossOutput:
+        """All parts together; `counts` are the tokens that each is over."""
+        head, projected, count = self.student.head(), len(t2s.labels), len(student.labels)
+        hidden, labels = student.hidden, student.labels
+        if t2s.tokens is not None:
+            order = student_order(t2s.tokens, count)
+            hidden, labels = hidden[order], labels[order]
+        streamed = StreamedLogits(hidden, head, grad_head=True)
+        target = StreamedLogits(t2s.hidden, head)  # the head takes no gradient from the projected states
+        ce, t2s_ce, t2s_kd, correct, t2s_correct = torch.zeros(5, device=labels.device)
+
+        def response(logits: Tensor, own: Tensor) -> Tensor:
+            nonlocal ce, correct
+            correct += predicts(logits, own).sum()
+            value, grad = cross_entropy(logits, own, self.settings.label_smoothing)
+            ce += value.sum()
+            return grad.mul_(scales["ce"])
+
+        for rows, (logits, t2s_logits) in stream(range(projected), self.memory_mb, streamed, target):
+            right = t2s_logits.argmax(-1).eq(t2s.labels[rows]).float()
+            t2s_correct += right.sum()
+            value, kd_grad = self.distance(logits, t2s_logits)
+            learn = right if self.masked else torch.ones_like(right)
+            t2s_kd += value @ learn
+            grad = response(logits, labels[rows]).addcmul_(kd_grad, learn.unsqueeze(-1), value=scales["t2s_kd"])
+            streamed.keep_gradient(logits, grad)
+            value, grad = cross_entropy(t2s_logits, t2s.labels[rows])
+            t2s_ce += value.sum()
+            target.keep_gradient(t2s_logits, grad.mul_(scales["t2s_ce"]))
+        for rows, (logits,) in stream(range(projected, count), self.memory_mb, streamed):
+            streamed.keep_gradient(logits, response(logits, labels[rows]))
+        sums = {"ce": ce, "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t.value}
+        parts = {name: Sum(value, counts[name]) for name, value in sums.items()}
+        metrics = {
+            "accuracy": Sum(correct, count),
+            "t2s_accuracy": Sum(t2s_correct, projected),
+            "s2t_accuracy": Sum(s2t.correct, len(s2t.streamed.hidden)),
+        }
+        gradients = streamed.gradients() + target.gradients() + s2t.streamed.gradients(scales["s2t_kd"])
+        return finish(parts, scales, gradients, metrics)

@@ -1,0 +1,109 @@
+"""`make bench`: loss heads, a whole training step and alignments, against their dense or plain forms, on one thread.
+
+Prints a table and writes bench.json. `python -m bench [--quick] [RECORDS STUDENT_TOKENIZER TEACHER_TOKENIZER]`: with
+files, the training step runs on these records; --quick leaves out the dense forms, which take most of the time.
+"""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.measure import in_own_process
+from dskd.losses import METHODS
+
+GIB = 2**30
+ALIGNED = (64, 128, 256, 512, 1024, 2048)
+
+
+def loss_heads(quick: bool) -> dict[str, dict[str, float]]:
+    found = {}
+    for kind in METHODS:
+        case = in_own_process("loss_heads", kind, "streamed")
+        case["over_floor"] = case["seconds"] / case["floor_seconds"]
+        if not quick:
+            dense = in_own_process("loss_heads", kind, "dense")
+            case |= {f"dense_{name}": value for name, value in dense.items()}
+            case["dense_over_streamed"] = dense["seconds"] / case["seconds"]
+        found[kind] = case
+        show(f"{kind}: {case['seconds']:.1f} s, {case['over_floor']:.2f} x floor")
+    return found
+
+
+def training_step(files: list[str], quick: bool) -> dict[str, float]:
+    found = in_own_process("training_step", "streamed", *files)
+    if not quick:
+        dense = in_own_process("training_step", "dense", *files)
+        found |= {"dense_seconds": dense["seconds"], "dense_extra_bytes": dense["extra_bytes"]}
+        found["dense_over_streamed"] = dense["seconds"] / found["seconds"]
+    return found
+
+
+def alignments() -> dict[str, dict[str, float]]:
+    found = {}
+    for tokens in ALIGNED:
+        case = in_own_process("alignments", str(tokens))
+        for name in ("minimum_edit", "exact"):
+            case[f"{name}_speedup"] = case[f"{name}_plain"] / case[name]
+        found[str(tokens)] = case
+    return found
+
+
+def tables(results: dict) -> list[Table]:
+    heads = Table("loss head", "CPU s", "floor s", "x floor", "extra GiB", "dense CPU s", "dense extra GiB", "speed-up")
+    for kind, case in results["loss_heads"].items():
+        dense = (
+            (
+                f"{case['dense_seconds']:.1f}",
+                f"{case['dense_extra_bytes'] / GIB:.1f}",
+                f"{case['dense_over_streamed']:.1f}",
+            )
+            if "dense_seconds" in case
+            else ("", "", "")
+        )
+        own = f"{case['seconds']:.1f}", f"{case['floor_seconds']:.1f}", f"{case['over_floor']:.2f}"
+        heads.add_row(kind, *own, f"{case['extra_bytes'] / GIB:.2f}", *dense)
+    step = Table("whole dskd_cma step", "CPU s", "dense CPU s", "speed-up")
+    case = results["training_step"]
+    dense = (
+        (f"{case['dense_seconds']:.1f}", f"{case['dense_over_streamed']:.1f}") if "dense_seconds" in case else ("", "")
+    )
+    step.add_row(f"mean of {case['steps']}", f"{case['seconds']:.1f}", *dense)
+    aligned = Table("alignment, tokens", "minimum edit ms", "plain ms", "speed-up", "exact ms", "plain ms", "speed-up")
+    for tokens, case in results["alignments"].items():
+        row = []
+        for name in ("minimum_edit", "exact"):
+            row += [f"{1e3 * case[name]:.2f}", f"{1e3 * case[f'{name}_plain']:.1f}", f"{case[f'{name}_speedup']:.0f}"]
+        aligned.add_row(tokens, *row)
+    saving = Table("saving the state", "s", "MiB", "step s", "share at 50 steps")
+    case = results["saving"]
+    share = f"{100 * case['share_at_50_steps']:.1f} %"
+    size = f"{case['state_bytes'] / 2**20:.0f}"
+    saving.add_row("dskd_cma", f"{case['save_seconds']:.2f}", size, f"{case['step_seconds']:.2f}", share)
+    return [heads, step, aligned, saving]
+
+
+def show(text: str | Table) -> None:
+    Console(width=140).print(text)
+
+
+def main(arguments: list[str]) -> None:
+    quick = "--quick" in arguments
+    files = [argument for argument in arguments if argument != "--quick"]
+    results = {
+        "machine": platform.processor() or platform.machine(),
+        "loss_heads": loss_heads(quick),
+        "training_step": training_step(files, quick),
+        "alignments": alignments(),
+        "saving": in_own_process("saving"),
+    }
+    Path("bench.json").write_text(json.dumps(results, indent=2) + "\n")
+    for table in tables(results):
+        show(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

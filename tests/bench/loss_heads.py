@@ -1,0 +1,122 @@
+"""Forward and backward of one method's loss head, both heads included: `python -m bench.loss_heads METHOD FORM`.
+
+A micro-batch of 4 x 512 positions with 510 response tokens. FORM `streamed` is dskd's; `dense` makes full logits of all
+positions of the padded batch, as the original does. The floor is the time of the matrix products with the heads alone,
+over response tokens.
+"""
+
+import json
+import sys
+from functools import partial
+
+import torch
+from dense import dense_loss
+from heads import Weights, means
+
+from bench.measure import measured, one_thread, seconds
+from dskd.config.engine import EngineConfig
+from dskd.config.methods import MethodConfig
+from dskd.losses import METHODS
+from dskd.losses.method import Method
+from dskd.losses.tensors import Tokens
+
+STUDENT, TEACHER, SAME_VOCABULARY_TEACHER = (50257, 768), (151936, 2048), (50257, 1600)
+SAMPLES, LENGTH, RESPONSE = 4, 512, (127, 128, 128, 127)
+SPREAD = 0.02  # of the weights, as models are initialised
+
+# Products with a head over all response tokens: forward, gradient of the hidden states, gradient of the head.
+LOGITS = {"student": (1, 1, 1), "teacher": (1, 0, 0)}
+DUAL_SPACE = {"student": (2, 2, 1), "teacher": (2, 1, 0)}
+PRODUCTS = {"sft": {"student": (1, 1, 1)}, "kd": LOGITS, "uld": LOGITS, "mined": LOGITS}
+
+
+def make(kind: str) -> tuple[Method, Weights, Weights, Tokens, Tokens]:
+    """Teacher and student heads agree where they can: a mask over predictions leaves all tokens in."""
+    config = MethodConfig.kinds[kind]
+    shared = config.teacher == "same_vocabulary"
+    vocabulary, d = STUDENT
+    teacher_vocabulary, wide = SAME_VOCABULARY_TEACHER if shared else TEACHER
+    student = Weights(SPREAD * torch.randn(STUDENT), (SPREAD * torch.randn(STUDENT)).requires_grad_())
+    weight = SPREAD * torch.randn(teacher_vocabulary, wide)
+    weight[:vocabulary, :d] = student.weight.detach()
+    teacher = Weights(weight, weight)
+    labels, inputs = torch.randint(vocabulary, (2, sum(RESPONSE)))
+    hidden = 50 * student.weight.detach()[labels] + torch.randn(len(labels), d)
+    teacher_hidden = 50 * weight[labels] + torch.randn(len(labels), wide)
+    own = Tokens(hidden.requires_grad_(), inputs, labels, RESPONSE)
+    other = Tokens(teacher_hidden, inputs, labels, RESPONSE)
+    student_ids = None
+    if config.alignment != "none":
+        student_ids = torch.arange(teacher_vocabulary)
+        student_ids[vocabulary:] = -1
+        other = other._replace(pairs=torch.arange(len(labels)).repeat(2, 1).T)
+    settings = config()
+    method = METHODS[kind](settings, student, teacher, EngineConfig().loss_memory_mb, student_ids)
+    return method, student, teacher, own, other
+
+
+def padded(tokens: Tokens) -> Tokens:
+    """The same with all positions of the padded batch."""
+    more = SAMPLES * LENGTH - len(tokens.labels)
+    fill = torch.randint(len(tokens.labels), (more,))
+    hidden = torch.cat([tokens.hidden, tokens.hidden[fill]]).detach().requires_grad_(tokens.hidden.requires_grad)
+    labels, inputs = (torch.cat([ids, ids[fill]]) for ids in (tokens.labels, tokens.inputs))
+    pairs = None if tokens.pairs is None else torch.arange(len(labels)).repeat(2, 1).T
+    return Tokens(hidden, inputs, labels, (LENGTH,) * SAMPLES, pairs)
+
+
+def streamed_step(method: Method, own: Tokens, other: Tokens) -> None:
+    method.start_step()
+    method(own, other, means(method)).loss.backward()
+
+
+def dense_step(method: Method, student: Weights, teacher: Weights, own: Tokens, other: Tokens) -> None:
+    parts = dense_loss(method, student, teacher, own, other)
+    sum(method.weights[name] * value / max(tokens, 1) for name, (value, tokens) in parts.items()).backward()
+
+
+def floor_seconds(kind: str, method: Method, student: Weights, teacher: Weights, own: Tokens, other: Tokens) -> float:
+    """Each distinct product timed on half of the tokens, times how often it is needed."""
+    total = 0.0
+    for side, model, tokens in (("student", student, own), ("teacher", teacher, other)):
+        counts = PRODUCTS.get(kind, DUAL_SPACE).get(side, (0, 0, 0))
+        weight, hidden = model.weight.detach(), tokens.hidden.detach()[: len(tokens.labels) // 2]
+        logits = torch.mm(hidden, weight.T)
+        head = torch.zeros_like(weight) if counts[2] else None
+        for count, product in zip(
+            counts,
+            (
+                partial(torch.mm, hidden, weight.T, out=logits),
+                partial(torch.mm, logits, weight),
+                lambda head=head, logits=logits, hidden=hidden: head.addmm_(logits.T, hidden),
+            ),
+            strict=True,
+        ):
+            total += 2 * count * seconds(product) if count else 0.0
+    if kind.startswith("dskd_v2"):  # s2t from both heads, once a step
+        rows = min(len(student.weight), len(teacher.weight))
+        total += seconds(partial(torch.mm, student.weight.detach()[:rows].T, teacher.weight.detach()[:rows]))
+    return total
+
+
+def main(kind: str, form: str) -> None:
+    one_thread()
+    method, student, teacher, own, other = make(kind)
+    if form == "dense":
+        own, other = padded(own), padded(other)
+        print(json.dumps(measured(partial(dense_step, method, student, teacher, own, other))))
+        return
+    few = [
+        Tokens(t.hidden[:8].detach().requires_grad_(t.hidden.requires_grad), t.inputs[:8], t.labels[:8], (8, 0, 0, 0))
+        for t in (own, other)
+    ]
+    streamed_step(method, few[0], few[1]._replace(pairs=None if other.pairs is None else other.pairs[:8]))
+    student.weight.grad = None
+    before = floor_seconds(kind, method, student, teacher, own, other)
+    found = measured(partial(streamed_step, method, own, other))
+    after = floor_seconds(kind, method, student, teacher, own, other)
+    print(json.dumps(found | {"floor_seconds": (before + after) / 2}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,68 @@
+"""Every method through the whole run: two ranks with accumulation, ZeRO-3 against ZeRO-0, one against many."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dskd.config.load import load_run
+from dskd.launch.local import free_port, rank_environment
+from dskd.losses import METHODS
+from dskd.train import prepare, train_step
+
+WORKER = Path(__file__).parent / "all_methods.py"
+
+
+@pytest.fixture(scope="module")
+def runs(make_run, tmp_path_factory):
+    """metrics.jsonl of each method by (method, ZeRO stage)."""
+    root = tmp_path_factory.mktemp("methods")
+    files = []
+    for kind in METHODS:
+        (root / kind).mkdir()
+        files.append(str(make_run(root / kind, method={"kind": kind}, train={"max_steps": 3, "global_batch_size": 8})))
+    for stage in (0, 3):
+        options = [f"engine.zero_stage={stage}", f"output.name=zero{stage}", "engine.persistence_threshold=0"]
+        port = free_port()
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(WORKER), *files, *options],
+                env=os.environ | rank_environment(rank, 2, port),
+                stdout=subprocess.DEVNULL,
+            )
+            for rank in range(2)
+        ]
+        assert [rank.wait(300) for rank in ranks] == [0, 0]
+
+    def read(kind, stage):
+        (file,) = (root / kind).glob(f"**/zero{stage}/metrics.jsonl")
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    return read
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_zero_3_trains_to_the_losses_of_zero_0(runs, kind):
+    expected, actual = runs(kind, 0), runs(kind, 3)
+    assert len(expected) == len(actual) == 4
+    for a, b in zip(actual[:3], expected[:3], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert actual[3]["dev_loss"] == pytest.approx(expected[3]["dev_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_loss_is_the_same_on_two_ranks_and_on_one(runs, kind, make_run, tmp_path, ranks):
+    """dskd_cma takes a standard deviation over a micro-batch; the global batch is cut alike, whatever the ranks."""
+    run = load_run(make_run(tmp_path, method={"kind": kind}, train={"max_steps": 3, "global_batch_size": 8}))
+    job = prepare(run, ranks)
+    batches = [job.train(indices) for indices in job.plan.micro_batches(0, 0, 1)]
+    figures = train_step(job, 1, batches)
+    expected = runs(kind, 0)[0]
+    assert all(math.isfinite(value) for value in figures.values())
+    assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert figures["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
