@@ -38,6 +38,8 @@ def test_a_training_gets_what_its_run_file_names(make_run, tiny, tmp_path):
     assert f"--workdir={tmp_path}" in command
     read = [file, tmp_path / "lr.yaml", tmp_path / "train.jsonl", tmp_path / "dev.jsonl", tiny("llama"), tiny("qwen2")]
     assert mounts(command) == {*((path, "readonly") for path in read), (tmp_path / "outputs", "")}
+    command = composed("train", file, f"checkpoint.scratch_dir={tmp_path}/scratch")
+    assert (tmp_path / "scratch", "") in mounts(command)
     assert not (tmp_path / "outputs").exists()  # a dry run makes nothing
 
 
