@@ -1,16 +1,20 @@
 # make quickstart   a real distillation in minutes, no GPU needed
 # make test         linters, types, import rules, tests
 # make test-faults  runs that are interrupted, on broken disks and with dead ranks; some minutes
+# make image        the Docker image
+# make test-image   builds it on a local base, and runs, stops and resumes it; needs root on Debian or Ubuntu
 # make bench        losses, a step, alignments and saving against their dense or plain forms; half an hour
-# All set up what they need in .venv on their first run.
+# All set up what they need in .venv on their first run; make image needs docker alone.
 
 PYTHON ?= python3
 VENV := .venv
 # An environment as a login node has it: the command line without torch.
 LOGIN_VENV := .venv-login
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+DOCKER ?= docker
 PIP_INSTALL = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt
 
-.PHONY: quickstart test test-faults bench lint setup clean
+.PHONY: quickstart test test-faults bench lint setup image test-image clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -32,6 +36,16 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/shellcheck docker/lock tests/docker/*.sh
+
+image:
+	DOCKER_BUILDKIT=1 $(DOCKER) build --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) \
+		--tag dskd:$(VERSION) .
+
+test-image: $(VENV)/ready
+	tests/docker/packages.sh
+	$(VENV)/bin/pytest -m image -s tests/docker
 
 # torch comes before the rest: without it, the others would pull in a build of their own choice.
 $(VENV)/ready: pyproject.toml docker/constraints.txt

@@ -98,9 +98,10 @@ def describe(run: RunConfig) -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Revision of the source that runs, where it is a git checkout."""
+    """Revision of the source that runs: that of its git checkout, or the one that an image was built from."""
     here = Path(__file__).parent
     with suppress(OSError):
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-        return found.stdout.strip() or None
-    return None
+        if found.stdout.strip():
+            return found.stdout.strip()
+    return os.environ.get("DSKD_REVISION")
