@@ -130,6 +130,69 @@ def evaluate(
     distributed.stop()
 
 
+RunDirectories = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[RUN_DIR]...", help="Run directories; empty: all submitted ones under outputs/."),
+]
+Cluster = Annotated[
+    str, typer.Option(help="Cluster profile: the name of a file in slurm/clusters, or the path of a YAML file.")
+]
+
+
+@app.command()
+def submit(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN.yaml... [KEY=VALUE]...", help="Run files, and settings over theirs.")
+    ],
+    cluster: Cluster,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Of several runs, at most so many at a time; empty: no limit.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
+    ] = False,
+) -> None:
+    """Submit runs to a Slurm cluster; several make one job array.
+
+    A run is started again by itself after a preemption, a lost node or the time limit. Submitting a run that stopped
+    before its end continues it.
+    """
+    from dskd.launch.verbs import submit_runs
+
+    submit_runs(runs, cluster, parallel, dry_run)
+
+
+@app.command()
+def status(directories: RunDirectories = None) -> None:
+    """Show state, progress and restarts of submitted runs."""
+    from dskd.launch.verbs import show_status
+
+    show_status(directories)
+
+
+@app.command()
+def logs(
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    rank: Annotated[int, typer.Option(min=0, help="Whose output.")] = 0,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+) -> None:
+    """Print what a rank of a submitted run wrote, over all of its starts."""
+    from dskd.launch.status import print_logs
+
+    print_logs(directory, rank, follow)
+
+
+@app.command()
+def cancel(
+    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
+    now: Annotated[bool, typer.Option("--now", help="At once, without saving a state first.")] = False,
+) -> None:
+    """Stop submitted runs after they have saved their state; `dskd resume` continues them."""
+    from dskd.launch.verbs import cancel_runs
+
+    cancel_runs(directories, now)
+
+
 @app.command()
 def settings(
     prefix: Annotated[str, typer.Argument(help="Show keys that begin with this, such as train or engine.")] = "",

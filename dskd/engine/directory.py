@@ -41,8 +41,8 @@ def create(run: RunConfig) -> Path:
 
 
 def refuse_other_run(directory: Path) -> None:
-    """Raise `UserError` where a folder holds anything."""
-    if directory.is_dir() and any(directory.iterdir()):
+    """Raise `UserError` where a folder holds anything but the launcher's job/."""
+    if directory.is_dir() and any(path.name != "job" for path in directory.iterdir()):
         raise UserError(
             f"output.name: {directory} already holds a run, and nothing is overwritten; choose another output.name"
         )
