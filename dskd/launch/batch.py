@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dskd.config.errors import UserError
 from dskd.launch import slurm
-from dskd.launch.record import Job, Outcome, Record, Start
+from dskd.launch.record import Job, Record, Start
+from dskd.launch.task import ASKED
 
 SLURM_SIGNALS_EARLY = 90.0
 """Seconds that the signal before the time limit may come earlier than asked for."""
@@ -35,7 +36,7 @@ def run_directory(folder: Path) -> Path:
 def begin(record: Record) -> int:
     """Write a start down; its number goes to stdout, for the ranks."""
     job = submitted(record)
-    record.again.unlink(missing_ok=True)
+    record.clear_ending()
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     start = record.add_start(slurm_id(), os.environ["SLURM_JOB_NODELIST"], record.state_step())
     if restarts > job.max_requeues:
@@ -51,8 +52,9 @@ def finish(record: Record, code: int) -> int:
         record.end_start(start.number, "cancelled", f"cancelled; state at step {record.state_step()}")
         slurm.patiently(lambda: slurm.run("scancel", slurm_id()))
         return code
-    if record.again.exists():
-        reason = why_stopped(record.again.read_text(encoding="utf-8").strip(), job, time.time() - start.time)
+    again, why = record.ending() or (False, f"srun ended with {code}")
+    if again:
+        reason = why_stopped(why, job, time.time() - start.time)
         problem = why_not_again(record, job, start, reason)
         if problem is not None:
             return fail(record, start, problem)
@@ -60,15 +62,15 @@ def finish(record: Record, code: int) -> int:
         slurm.patiently(lambda: slurm.run("scontrol", "requeue", slurm_id()))
         time.sleep(600)  # until Slurm ends this script
     if code:
-        return fail(record, start, f"exit code {code}", code)
+        return fail(record, start, why, code)
     record.end_start(start.number, "finished", "")
     return 0
 
 
-def why_stopped(mark: str, job: Job, seconds: float) -> str:
+def why_stopped(why: str, job: Job, seconds: float) -> str:
     """A job that was asked to stop early was preempted; one that was asked when its time was up, was not."""
-    if mark != "asked to stop":
-        return mark
+    if why != ASKED:
+        return why
     in_time = seconds < job.minutes * 60 - job.signal_seconds - SLURM_SIGNALS_EARLY
     return "preempted" if in_time else "time limit"
 
@@ -84,8 +86,7 @@ def why_not_again(record: Record, job: Job, start: Start, reason: str) -> str | 
 
 
 def fail(record: Record, start: Start, reason: str, code: int = 1) -> int:
-    outcome: Outcome = "failed"
-    record.end_start(start.number, outcome, reason)
+    record.end_start(start.number, "failed", reason)
     print(f"dskd: {reason}", file=sys.stderr)
     return code
 

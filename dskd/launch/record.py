@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -66,12 +67,21 @@ class Record:
         return self.directory / "job"
 
     @property
-    def again(self) -> Path:
-        return self.folder / "again"
-
-    @property
     def cancel(self) -> Path:
         return self.folder / "cancel"
+
+    def mark_ending(self, again: bool, reason: str) -> None:
+        """Say how a rank ended that did not finish; the first one counts, since it is why the others ended."""
+        with suppress(FileExistsError), (self.folder / "ending").open("x", encoding="utf-8") as out:
+            out.write(json.dumps({"again": again, "reason": reason}) + "\n")
+
+    def ending(self) -> tuple[bool, str] | None:
+        """(whether to start again, why) of the first rank that did not finish, or None."""
+        found = next(_json_lines(self.folder / "ending"), None)
+        return (found["again"], found["reason"]) if found else None
+
+    def clear_ending(self) -> None:
+        (self.folder / "ending").unlink(missing_ok=True)
 
     def log(self, start: int, rank: int) -> Path:
         return self.folder / "logs" / f"start{start}.rank{rank}.log"

@@ -15,6 +15,7 @@ from dskd.launch.record import Record
 AGAIN = 75
 """Exit code of a rank that is not finished and wants to be started again."""
 MISTAKE = 2
+ASKED = "asked to stop"
 PATIENCE = 20.0
 """Seconds that the other ranks get to end by themselves, after one has failed."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -36,8 +37,8 @@ class Task:
 def run_task(directory: Path, command: tuple[str, ...]) -> int:
     """Run the child to its end; the exit code for Slurm.
 
-    0 stands for a rank that is finished as well as for one that wants to be started again, which leaves the mark
-    job/again: any other code makes Slurm kill the other ranks, which may still be saving.
+    0 stands for a rank that is finished as well as for one that wants to be started again, which is told by a file:
+    any other code makes Slurm kill the other ranks, which may still be saving.
     """
     record, environment = Record(directory), JobEnvironment()
     rank, start = environment.global_rank, int(os.environ["DSKD_START"])
@@ -58,29 +59,36 @@ def run_task(directory: Path, command: tuple[str, ...]) -> int:
         code = child[0].wait()
     if code == 0:
         return 0
-    reason = again_reason(code, rank, environment.hostname, bool(received))
-    if reason is not None:
-        record.again.write_text(reason + "\n", encoding="utf-8")
-        if code == AGAIN:
-            return 0
+    where = f"rank {rank} on {environment.hostname}"
+    reason = again_reason(code, bool(received))
+    record.mark_ending(reason is not None, reason if reason == ASKED else f"{where}: {reason or describe_failure(code, log)}")
+    if code == AGAIN:
+        return 0
     if code != MISTAKE:  # a mistake is noticed by all ranks at once
         time.sleep(PATIENCE)
     return code if code > 0 else 128 - code
 
 
-def again_reason(code: int, rank: int, node: str, asked: bool) -> str | None:
+def again_reason(code: int, asked: bool) -> str | None:
     """Why a run should be started again after a child ended with `code`; None where that would not help.
 
     A rank that a signal killed before it could handle it has nothing to save: it stopped as it was asked to.
     """
     ended_by = -code if code < 0 else code - 128 if code > 128 else 0
     if asked and (code == AGAIN or ended_by in SIGNALS):
-        return "asked to stop"
+        return ASKED
     if code == AGAIN:
         return "a rank died or stalled, or asked to be started again"
     if ended_by:
-        return f"rank {rank} on {node} was ended by signal {ended_by}"
+        return f"ended by signal {ended_by}"
     return None
+
+
+def describe_failure(code: int, log: Path) -> str:
+    """Exit code and the last line that the child wrote."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f"exit code {code}" + (f", {said[:300]}" if said else "")
 
 
 def rank_variables(environment: JobEnvironment) -> dict[str, str]:
