@@ -3,13 +3,16 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dskd import __version__
 from dskd.config.errors import UserError
 from dskd.config.training import GenerationConfig
+
+if TYPE_CHECKING:
+    from dskd.config.run import RunConfig
 
 app = typer.Typer(
     help="Distil a large language model into a small one, white-box, whatever the two vocabularies are.",
@@ -19,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 GENERATION = GenerationConfig()
+Force = Annotated[bool, typer.Option("--force", help="Go on with a run even where changed settings make it another.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings over those of the run file, such as train.lr=1e-4."),
@@ -64,25 +68,55 @@ def options(
 def train(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file; `dskd settings` lists its keys.")],
     overrides: Overrides = None,
+    force: Force = False,
 ) -> None:
-    """Train a student as a run file says.
+    """Train a student as a run file says, or go on where an earlier start of the same run stopped.
 
     Uses all GPUs of this machine, or launch.processes on CPUs; where RANK and WORLD_SIZE are set already, this process
-    joins as that rank. Everything is written to output.root/STUDENT/METHOD/output.name.
+    joins as that rank. Everything is written to output.root/STUDENT/METHOD/output.name. Exit code 75 means that the run
+    is not finished and goes on when the same command is run again.
     """
     from dskd.config.load import load_run
-    from dskd.config.run import accumulation_steps, check_paths
 
-    run = load_run(run_file, overrides or [])
+    start_training(load_run(run_file, overrides or []), force)
+
+
+@app.command()
+def resume(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, as it wrote it.")],
+    overrides: Overrides = None,
+    force: Force = False,
+) -> None:
+    """Go on with a run that was stopped, from its directory alone."""
+    from dskd.config.load import override, run_in
+
+    start_training(override(run_in(run_directory), overrides or []), force)
+
+
+def start_training(run: "RunConfig", force: bool) -> None:
+    from dskd.config.run import accumulation_steps, check_paths
+    from dskd.engine import watch
+    from dskd.engine.preemption import UNFINISHED, Stopped, watch_signals
+
     check_paths(run)
     if "RANK" not in os.environ:
         processes = run.launch.processes or gpus()
         accumulation_steps(run, processes)
         start_ranks(processes)
+    flags = watch_signals()
+    watch.show_stacks_on_request()
     from dskd.engine import distributed
     from dskd.train import train as train_here
 
-    train_here(run, distributed.start())
+    try:
+        train_here(run, distributed.start(flags), force)
+    except Stopped:
+        distributed.stop()
+        raise SystemExit(UNFINISHED) from None
+    except RuntimeError as error:
+        if watch.is_lost_peer(error):
+            watch.end_here(f"another rank is gone ({str(error).splitlines()[0]})")
+        raise
     distributed.stop()
 
 

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rouge_score.rouge_scorer import RougeScorer
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig as HfGenerationConfig
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dskd.config.training import GenerationConfig
 from dskd.data.records import Record, read_records
 from dskd.data.tokenization import Limits, Tokenizer, check_tokenizer, tokenize_prompt
-from dskd.engine.directory import as_user_error, write_text
 from dskd.engine.distributed import Ranks
+from dskd.engine.files import as_user_error, write_text
 from dskd.models.load import load_checkpoint, load_tokenizer
 
 
@@ -63,12 +64,14 @@ def answer_all(
     model.eval()
     with torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []):
         for own, batch in rounds(batches, ranks):
+            ranks.stop_if_asked()
             torch.manual_seed(seed * 1_000_003 + batch)
             texts = generate(model, tokenizer, [prompts[i] for i in batches[batch]], settings, ranks)
             if own:
                 for i, text in zip(batches[batch], texts, strict=True):
                     scores = score(text, records[i].outputs, scorer)
                     found.append(Answer(i, seed, records[i].prompt, text, records[i].outputs, *scores))
+    ranks.stop_if_asked()  # what the last round generated may be cut short
     model.train(training)
     everything = [answer for part in ranks.gather(found) for answer in part]
     assert len({a.index for a in everything}) == len(everything) == len(records)
@@ -111,11 +114,23 @@ def generate(
             input_ids=input_ids.to(ranks.device),
             attention_mask=attention_mask.to(ranks.device),
             synced_gpus=is_partitioned(model),
+            stopping_criteria=StoppingCriteriaList([StopWhenAsked(ranks)]),
         )
     answers = generated[:, longest:].tolist()
     cut = [answer[:budget] for answer, budget in zip(answers, budgets, strict=True)]
     texts: list[str] = tokenizer.batch_decode(cut, skip_special_tokens=True)
     return texts
+
+
+class StopWhenAsked(StoppingCriteria):  # type: ignore[misc]
+    """Ends generation at the next token when this rank was asked to stop; the answers are not used then."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **unused: Any) -> Tensor:
+        self.ranks.flags.moves += 1
+        return torch.full((len(input_ids),), self.ranks.flags.stop_requested, device=input_ids.device)
 
 
 @contextmanager

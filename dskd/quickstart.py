@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from dskd.config.errors import UserError
 from dskd.config.recipes import recipes_folder
-from dskd.engine.directory import published
+from dskd.engine.files import published
 
 SEED = 10
 METHODS = {"sft": "SFT", "dskd_cma": "DSKD-CMA"}

@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from dskd.data.batch import Batch
 from dskd.data.loader import Collator, Plan, Steps, evaluation_batches, load_steps
 from dskd.data.records import Record, read_records
 from dskd.data.tokenization import Limits, check_tokenizer
-from dskd.engine import directory
-from dskd.engine.checkpoint import Saved, Scores, keep_best, model_name, save_model
+from dskd.engine.checkpoint import Saved, Scores, best_of, model_name, save_model
 from dskd.engine.distributed import Ranks
+from dskd.engine.keeper import Keeper, opened
 from dskd.engine.metrics import LOG, Monitor
+from dskd.engine.preemption import Stopped, ignore_signals
+from dskd.engine.state import Progress
+from dskd.engine.watch import watching
 from dskd.engine.zero import build_engine, deepspeed_config, partitioned_loading, set_learning_rates, step_at_boundary
 from dskd.evaluate import answer_all, mean_scores
 from dskd.losses import METHODS
@@ -68,32 +72,62 @@ class Prepared:
         return module
 
 
-def train(run: RunConfig, ranks: Ranks) -> Path:
-    """Train to the end; returns the run directory. Raises `UserError` for what the user can mend."""
-    directory.refuse_other_run(run.directory)
-    job = prepare(run, ranks)
-    if ranks.is_main:
-        directory.create(run)
-    ranks.barrier()
-    saved: list[Saved] = []
-    steps = Steps(job.plan, job.train, ranks.rank, ranks.world_size)
-    batches = load_steps(steps, 0, job.total_steps, run.data.workers, ranks.device.type == "cuda")
-    with Monitor(run.directory, job.total_steps, ranks.is_main) as monitor:
-        announce(job)
-        for step, micro_batches in enumerate(batches, start=1):
+def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
+    """Train to the end, going on where an earlier start of the same run stopped; returns the run directory.
+
+    Args:
+        force: go on even with settings that make it another run.
+
+    Raises:
+        UserError: for what the user can mend.
+        Stopped: when asked to stop; the state is saved.
+    """
+    with ExitStack() as stack:
+        past = stack.enter_context(opened(run, ranks, force))
+        if past.finished:
+            if ranks.is_main:
+                print(f"{run.directory}: finished already; best model {past.progress.best[0].folder.name}")
+            return run.directory
+        job = prepare(run, ranks)
+        stack.enter_context(watching(ranks.flags, run.train.stall_minutes))
+        keeper = Keeper(run, ranks, job.engine, job.plan.steps_per_epoch, job.total_steps)
+        progress = keeper.restore(past)
+        ranks.stop_if_asked()
+        steps = Steps(job.plan, job.train, ranks.rank, ranks.world_size)
+        workers, pin_memory = run.data.workers, ranks.device.type == "cuda"
+        batches = load_steps(steps, progress.step, job.total_steps, workers, pin_memory, ignore_signals)
+        monitor = stack.enter_context(Monitor(run.directory, job.total_steps, ranks.is_main, progress.step))
+        announce(job, progress, past.notes)
+        if progress.step:
+            progress = keeper.keep(after_step(job, monitor, progress), monitor)
+        stack.enter_context(closing(batches))
+        for step, micro_batches in enumerate(batches, start=progress.step + 1):
             epoch = (step - 1) // job.plan.steps_per_epoch + 1
             monitor.step({"step": step, "epoch": epoch} | train_step(job, step, micro_batches))
-            if is_due(job, step):
-                scores = evaluate_dev(job)
-                folder = run.directory / model_name(epoch, step, scores)
-                save_model(folder, job.distiller.student, job.distiller.method, job.dev.student, ranks)
-                monitor.write({"step": step} | {f"dev_{k}": v for k, v in asdict(scores).items() if v is not None})
-                LOG.info(f"epoch {epoch}  {describe(scores)}  saved {folder}")
-                if ranks.is_main:
-                    saved = keep_best([*saved, Saved(folder, scores)], run.checkpoint.best_by, run.checkpoint.keep_best)
+            progress = replace(progress, step=step, pending=is_due(job, step))
+            progress = keeper.keep(after_step(job, monitor, progress), monitor)
         if ranks.is_main:
-            LOG.info(f"finished: best model {saved[0].folder} ({describe(saved[0].scores)})")
+            best = progress.best[0]
+            LOG.info(f"finished: best model {best.folder} ({describe(best.scores)})")
     return run.directory
+
+
+def after_step(job: Prepared, monitor: Monitor, progress: Progress) -> Progress:
+    """Evaluate and save a model where that is due and not done; a stop leaves it for the next start."""
+    if not progress.pending or job.ranks.flags.stop:
+        return progress
+    try:
+        scores = evaluate_dev(job)
+    except Stopped:
+        return progress
+    run, step = job.run, progress.step
+    epoch = (step - 1) // job.plan.steps_per_epoch + 1
+    folder = run.directory / model_name(epoch, step, scores)
+    save_model(folder, job.distiller.student, job.distiller.method, job.dev.student, job.ranks)
+    monitor.write({"step": step} | {f"dev_{k}": v for k, v in asdict(scores).items() if v is not None})
+    LOG.info(f"epoch {epoch}  {describe(scores)}  saved {folder}")
+    best = best_of([*progress.best, Saved(folder, scores)], run.checkpoint.best_by, run.checkpoint.keep_best)
+    return replace(progress, pending=False, best=best)
 
 
 def train_step(job: Prepared, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -146,7 +180,7 @@ def total(outputs: Sequence[LossOutput], ranks: Ranks) -> tuple[dict[str, float]
     sums += [sum_of(o.metrics[name].value for o in outputs) for name in metrics]
     counts = torch.tensor([float(sum(o.metrics[name].tokens for o in outputs)) for name in metrics])
     values = torch.cat([torch.stack(sums).double(), counts.to(sums[0].device, torch.float64)])
-    found = ranks.sum(values).tolist()
+    found = ranks.sum_and_agree(values).tolist()
     n, m = len(parts), len(metrics)
     means = {name: found[n + i] / max(found[n + m + i], 1.0) for i, name in enumerate(metrics)}
     return dict(zip(parts, found, strict=False)), means
@@ -203,6 +237,7 @@ def evaluate_dev(job: Prepared) -> Scores:
     engine.eval()
     outputs, nothing = [], torch.zeros((), device=ranks.device)
     for batch, counts in evaluation_batches(job.dev, run.eval.generation.batch_size, ranks.rank, ranks.world_size):
+        ranks.stop_if_asked()
         output = engine(batch.to(ranks.device), None, {"ce": 1.0})
         outputs.append(output if counts else LossOutput(nothing, {"ce": nothing}, {"accuracy": Sum(nothing, 0)}))
     parts, metrics = total(outputs, ranks)
@@ -225,7 +260,7 @@ def describe(scores: Scores) -> str:
     return text
 
 
-def announce(job: Prepared) -> None:
+def announce(job: Prepared, progress: Progress, notes: Sequence[str]) -> None:
     run, student = job.run, job.distiller.student
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters() if p.requires_grad)
     LOG.info(
@@ -234,6 +269,10 @@ def announce(job: Prepared) -> None:
         f"{job.ranks.world_size} rank(s) on {job.ranks.device.type}, ZeRO-{run.engine.zero_stage}, "
         f"{run.engine.precision}"
     )
+    for note in notes:
+        LOG.warning(note)
+    if progress.step:
+        LOG.info(f"going on after step {progress.step}")
     if run.teacher is not None and job.teacher is None:
         LOG.info(f"teacher: ignored, method {run.method.kind} learns from none")
 

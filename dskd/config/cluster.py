@@ -17,16 +17,15 @@ class ContainerConfig:
     """Folders to mount beside those of the run file, each /path (the same inside) or /host:/inside[:ro]."""
     arguments: tuple[str, ...] = ()
     """Further arguments of the container runtime, such as --shm-size=16g."""
-    command: tuple[str, ...] = ("dskd",)
-    """Command in the image that takes dskd's verbs; for docker and podman [] leaves that to the image's entry point."""
+    command: tuple[str, ...] = ()
+    """Command in the image that takes dskd's verbs; empty: its entry point for docker and podman, else dskd."""
 
     def __post_init__(self) -> None:
         if self.runtime == "none":
-            for key in ("image", "mounts", "arguments"):
+            for key in ("image", "mounts", "arguments", "command"):
                 require(not getattr(self, key), key, "has no effect with runtime none")
             return
         require(bool(self.image), "image", f"is missing; runtime {self.runtime} needs one")
-        require(bool(self.command) or self.runtime != "apptainer", "command", "apptainer needs one")
         for mount in self.mounts:
             parts = mount.split(":")
             valid = len(parts) <= 3 and all(part.startswith("/") for part in parts[:2]) and parts[2:] in ([], ["ro"])

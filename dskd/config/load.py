@@ -4,7 +4,7 @@ import difflib
 import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -42,6 +42,30 @@ def load(file: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
         key, value = parse_override(override)
         merge(values, nest(key, value), COMMAND_LINE, origins)
     return structure(values, origins, str(file), kind)
+
+
+def run_in(directory: Path) -> RunConfig:
+    """The run that a directory holds, wherever the directory lies by now. Raises `UserError`."""
+    directory = directory.absolute()
+    if not (directory / "run.yaml").is_file():
+        raise UserError(f"{directory}: no run.yaml: a run directory is expected, as `dskd train` writes it")
+    run = load_run(directory / "run.yaml")
+    if run.directory == directory:
+        return run
+    if len(directory.parents) < 3 or directory.parts[-3:-1] != run.directory.parts[-3:-1]:
+        expected = Path(*run.directory.parts[-3:])
+        raise UserError(f"{directory}: a run directory that was moved must still end in {expected}")
+    return replace(run, output=replace(run.output, root=directory.parents[2], name=directory.name))
+
+
+def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A run with some settings changed. Raises `UserError`."""
+    values: dict[str, Any] = to_plain(run)
+    origins: dict[str, str] = {}
+    for text in overrides:
+        key, value = parse_override(text)
+        merge(values, nest(key, value), COMMAND_LINE, origins)
+    return structure(values, origins, "run.yaml", RunConfig)
 
 
 def read_layers(file: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:

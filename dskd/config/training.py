@@ -30,9 +30,11 @@ class TrainConfig:
     """Largest norm of the gradient; 0 turns clipping off."""
     seed: int = 10
     """Seed of the data order, dropout and the projectors."""
+    stall_minutes: float = 20.0
+    """End the run, to be started again, when nothing has moved on a rank for so long."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "global_batch_size", "micro_batch_size", "lr", "projector_lr"):
+        for key in ("epochs", "global_batch_size", "micro_batch_size", "lr", "projector_lr", "stall_minutes"):
             require(getattr(self, key) > 0, key, f"must be above 0, got {getattr(self, key)}")
         require(self.max_steps is None or self.max_steps > 0, "max_steps", f"must be above 0, got {self.max_steps}")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", f"must be in [0, 1), got {self.warmup_ratio}")
@@ -81,10 +83,20 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """Models to keep, and the state that a run goes on from."""
+
     keep_best: int = 1
     """Saved models to keep; worse ones are deleted after a better one is complete."""
     best_by: Literal["loss", "rougel"] = "loss"
     """What makes a model better: lower dev loss, or higher dev ROUGE-L (needs eval.generate)."""
+    every_steps: int | None = None
+    """Save the state, from which a run goes on, after every so many steps; the end of an epoch always counts."""
+    every_minutes: float | None = 30.0
+    """Save the state when so much time has passed since the last one; empty leaves it to every_steps."""
+    keep_last: int = 1
+    """States to keep; older ones are deleted after a newer one is complete."""
 
     def __post_init__(self) -> None:
-        require(self.keep_best > 0, "keep_best", f"must be above 0, got {self.keep_best}")
+        for key in ("keep_best", "every_steps", "every_minutes", "keep_last"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, f"must be above 0, got {value}")

@@ -1,9 +1,10 @@
 """The batches of a run: a pure function of (seed, step, rank, world size, global batch). Resuming needs no state."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dskd.data.batch import Batch, collate
@@ -79,10 +80,35 @@ class Steps(Dataset[list[Batch]]):
         return [self.collator(indices) for indices in self.plan.micro_batches(step, self.rank, self.world_size)]
 
 
-def load_steps(steps: Steps, first: int, last: int, workers: int, pin_memory: bool) -> Iterator[list[Batch]]:
-    """The micro-batches of steps first..last-1, made ahead by `workers` processes that live as long as the iterator."""
-    loader = DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=pin_memory)
-    return iter(loader)
+def load_steps(
+    steps: Steps,
+    first: int,
+    last: int,
+    workers: int,
+    pin_memory: bool,
+    begin_worker: Callable[[int], None] | None = None,
+) -> Generator[list[Batch]]:
+    """The micro-batches of steps first..last-1, made ahead by `workers` processes that live until the generator ends.
+
+    Each of them calls `begin_worker` with its number first.
+    """
+    order = range(first, last)
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=begin_worker,
+        generator=torch.Generator(),  # else a loader's start would draw from the generator that dropout draws from
+    )
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        # At the end of the process they would be waited for, however it ends; they end only when they are told to.
+        if workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def evaluation_batches(collator: Collator, size: int, rank: int, world_size: int) -> Iterator[tuple[Batch, bool]]:

@@ -1,6 +1,7 @@
 """Saved models: complete under every ZeRO stage, loadable by transformers or PEFT, the best ones kept."""
 
-import shutil
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,9 +9,11 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 from torch import nn
 
-from dskd.engine.directory import published
 from dskd.engine.distributed import Ranks
+from dskd.engine.files import published
 from dskd.engine.zero import whole_state
+
+MODEL_NAME = re.compile(r"epoch\d+_step(\d+)_loss[\d.]+(_rougel[\d.]+)?")
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,11 @@ class Saved:
     scores: Scores
 
 
-def keep_best(saved: list[Saved], best_by: Literal["loss", "rougel"], count: int) -> list[Saved]:
-    """Delete all but the `count` best models; those that remain, best first. Among equals the newer one is better."""
+def best_of(saved: Sequence[Saved], best_by: Literal["loss", "rougel"], count: int) -> tuple[Saved, ...]:
+    """The `count` best models, best first. Among equals the newer one, which comes later, is better."""
 
-    def rank(index: int) -> tuple[float, int]:
+    def order(index: int) -> tuple[float, int]:
         scores = saved[index].scores
         return (scores.loss if best_by == "loss" else -(scores.rougel or 0.0)), -index
 
-    order = [saved[index] for index in sorted(range(len(saved)), key=rank)]
-    for worse in order[count:]:
-        shutil.rmtree(worse.folder)
-    return order[:count]
+    return tuple(saved[index] for index in sorted(range(len(saved)), key=order)[:count])

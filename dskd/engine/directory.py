@@ -1,51 +1,89 @@
-"""The run directory: made once, never overwritten, every folder in it whole or not there at all."""
+"""The run directory: made once, gone on with only by the same run, cleaned of what a killed process left."""
 
-import errno
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from dskd import __version__
+from dskd.config.changes import changed, harmful
 from dskd.config.errors import UserError
-from dskd.config.load import to_plain, to_yaml
+from dskd.config.load import load_run, to_plain, to_yaml
 from dskd.config.run import RunConfig
+from dskd.engine.checkpoint import MODEL_NAME, Saved
+from dskd.engine.files import as_user_error, write_text
+from dskd.engine.metrics import LOG
 
+NOT_A_RUN = {"job", ".lock", ".holder"}
+"""What may be in the directory of a run that has not begun."""
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors")
 
 
-def create(run: RunConfig) -> Path:
-    """Make the run directory and write what runs into it: run.yaml (resolved) and args.json (with versions).
-
-    Raises:
-        UserError: where it holds another run, or cannot be written.
-    """
+def write_settings(run: RunConfig) -> None:
+    """Write what runs into the run directory: run.yaml (resolved) and args.json (with versions)."""
     directory = run.directory
-    refuse_other_run(directory)
     with as_user_error(directory):
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "run.yaml", to_yaml(run))
         write_text(directory / "args.json", json.dumps(describe(run), indent=2) + "\n")
-    return directory
 
 
-def refuse_other_run(directory: Path) -> None:
-    """Raise `UserError` where a folder holds anything but the launcher's job/."""
-    if directory.is_dir() and any(path.name != "job" for path in directory.iterdir()):
+def changes(run: RunConfig, force: bool) -> dict[str, str] | None:
+    """Settings that differ from those of the run that the directory holds; None where it holds none yet.
+
+    Raises:
+        UserError: where it holds something else, or this would be another run and `force` is off.
+    """
+    directory = run.directory
+    if not directory.is_dir() or not {p.name for p in directory.iterdir()} - NOT_A_RUN:
+        return None
+    if not (directory / "run.yaml").is_file():
+        raise UserError(f"output.name: {directory} holds something that is no run; choose another output.name")
+    found = changed(load_run(directory / "run.yaml"), run)
+    refused = harmful(found)
+    if refused and not force:
+        told = "; ".join(f"{key}: {change}" for key, change in refused.items())
         raise UserError(
-            f"output.name: {directory} already holds a run, and nothing is overwritten; choose another output.name"
+            f"output.name: {directory} already holds a run with other settings ({told}); choose another output.name, "
+            "or --force to go on with these"
         )
+    return found
+
+
+def clean(directory: Path) -> None:
+    """Remove what a killed process left half done. Only the process that holds the lock may."""
+    for pattern in (".epoch*", ".run.yaml.*", ".args.json.*", "resume/.step*", "resume/.LATEST.*"):
+        for left in directory.glob(pattern):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def keep_models(directory: Path, kept: tuple[Saved, ...]) -> None:
+    """Delete the saved models that are not among `kept`."""
+    names = {saved.folder.name for saved in kept}
+    for folder in directory.glob("epoch*_step*"):
+        if MODEL_NAME.fullmatch(folder.name) and folder.name not in names:
+            shutil.rmtree(folder)
+
+
+def cut_metrics(directory: Path, length: int) -> None:
+    """Cut metrics.jsonl to what it held when the state was saved; what is after that will come again."""
+    file = directory / "metrics.jsonl"
+    if not file.is_file():
+        return
+    with as_user_error(file), file.open("r+b") as metrics:
+        content = metrics.read()
+        whole = content[:length].rfind(b"\n") + 1
+        if whole < length:
+            LOG.warning(f"{file} ends before the state's step: {length - whole} bytes of it are lost")
+        if whole < len(content):
+            metrics.truncate(whole)
+            os.fsync(metrics.fileno())
 
 
 def describe(run: RunConfig) -> dict[str, Any]:
@@ -66,73 +104,3 @@ def git_revision() -> str | None:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
         return found.stdout.strip() or None
     return None
-
-
-@contextmanager
-def as_user_error(path: Path) -> Iterator[None]:
-    """No space and no permission are said in one line; any other failure of the system stays what it is."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else os_error_in(str(error))
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            where = getattr(error, "filename", None) or path
-            raise UserError(f"output.root: cannot write {where}: {os.strerror(number)}") from None
-        raise
-
-
-def os_error_in(message: str) -> int | None:
-    """safetensors tells the system's error only in its message: "... (os error 28)"."""
-    found = re.search(r"os error (\d+)", message)
-    return int(found.group(1)) if found else None
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file that is either the old one or the whole new one, whenever the machine stops."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(file)
-
-
-@contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill; afterwards it gets a MANIFEST.json, is synced, and takes the name `folder`.
-
-    If anything fails on the way nothing of it stays.
-    """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        with as_user_error(temporary):
-            temporary.mkdir(parents=True)
-            yield temporary
-            write_text(temporary / "MANIFEST.json", json.dumps(manifest(temporary), indent=2) + "\n")
-            sync(temporary)
-            temporary.rename(folder)
-            sync(folder.parent, recurse=False)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def manifest(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Size in bytes and sha256 of every file in `folder`."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(f.relative_to(folder)): {"size": f.stat().st_size, "sha256": sha256(f)} for f in files}
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-def sync(folder: Path, recurse: bool = True) -> None:
-    """Make what was written to `folder` survive a power cut."""
-    for path in (*(folder.rglob("*") if recurse else ()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -4,12 +4,18 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dskd.config.errors import UserError
+from dskd.engine.preemption import Flags, Stopped
+
+T = TypeVar("T")
 
 if not torch.cuda.is_available():
     # DeepSpeed reads this when it is first imported, and warns where it has to guess.
@@ -23,6 +29,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    flags: Flags = field(default_factory=Flags)
 
     @property
     def is_main(self) -> bool:
@@ -32,7 +39,20 @@ class Ranks:
         """Element-wise sum over the ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
+        self.flags.moves += 1
         return values
+
+    def sum_and_agree(self, values: Tensor) -> Tensor:
+        """`sum` of a vector, and with the same collective the ranks agree on stopping and saving (`flags`)."""
+        found = self.sum(torch.cat([values, values.new_tensor(self.flags.wanted())]))
+        self.flags.agree(*found[-2:].tolist())
+        return found[:-2]
+
+    def stop_if_asked(self) -> None:
+        """Raise `Stopped` on all ranks where any was asked to stop. A collective call."""
+        self.sum_and_agree(torch.zeros(0, device=self.device))
+        if self.flags.stop:
+            raise Stopped
 
     def sum_int(self, value: int) -> int:
         return int(self.sum(torch.tensor(value, device=self.device)))
@@ -41,7 +61,21 @@ class Ranks:
         """`value` of every rank, in rank order, on every rank. Only what our own ranks send is unpickled."""
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
+        self.flags.moves += 1
         return gathered
+
+    def together(self, do: Callable[[], T]) -> list[T]:
+        """What `do` returns on each rank. Where it raises `UserError` on any, all raise it. A collective call."""
+        result, problem = None, None
+        try:
+            result = do()
+        except UserError as error:
+            problem = str(error)
+        found = self.gather((result, problem))
+        for _, text in found:
+            if text is not None:
+                raise UserError(text)
+        return [value for value, _ in found]
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -52,7 +86,7 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def start() -> Ranks:
+def start(flags: Flags | None = None) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT name.
 
     NCCL with GPUs, gloo without.
@@ -71,7 +105,7 @@ def start() -> Ranks:
         # DeepSpeed's own shared-memory collectives take a minute to compile and are optional: gloo does the work.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
-    return Ranks(rank, world_size, device)
+    return Ranks(rank, world_size, device, flags or Flags())
 
 
 def stop() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dskd.engine.directory import as_user_error
+from dskd.engine.files import as_user_error
 
 LOG = logging.getLogger("dskd")
 PLAIN_SECONDS = 10.0
@@ -23,8 +24,9 @@ PLAIN_SECONDS = 10.0
 class Monitor:
     """Writes a run's log and metrics on the main rank; silent on the others."""
 
-    def __init__(self, directory: Path, total_steps: int, is_main: bool) -> None:
-        self.directory, self.total_steps, self.is_main = directory, total_steps, is_main
+    def __init__(self, directory: Path, total_steps: int, is_main: bool, done: int = 0) -> None:
+        """`done`: the steps that earlier starts of the run have made."""
+        self.directory, self.total_steps, self.is_main, self.done = directory, total_steps, is_main, done
         self.stack = ExitStack()
         self.last_line, self.started, self.first = 0.0, time.monotonic(), 0
 
@@ -45,7 +47,7 @@ class Monitor:
                 TimeRemainingColumn(),
             )
             self.progress = self.stack.enter_context(Progress(*columns, console=self.console))
-            self.task = self.progress.add_task("train", total=self.total_steps, figures="")
+            self.task = self.progress.add_task("train", total=self.total_steps, completed=self.done, figures="")
             self.add_handler(_AboveBar(self.progress), "%(message)s")
         else:
             self.add_handler(logging.StreamHandler(sys.stderr), "%(message)s")
@@ -63,7 +65,7 @@ class Monitor:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
             return None
-        writer = SummaryWriter(str(self.directory / "tensorboard"))
+        writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.done + 1)
         self.stack.callback(writer.close)
         return writer
 
@@ -85,6 +87,13 @@ class Monitor:
             self.last_line = time.monotonic()
             left = (self.total_steps - done) * (self.last_line - self.started) / (done - self.first + 1)
             LOG.info(f"step {done}/{self.total_steps}  {short}  about {left / 60:.1f} min left")
+
+    def position(self) -> int:
+        """Bytes of metrics.jsonl, all of them on the disk; 0 on the other ranks."""
+        if not self.is_main:
+            return 0
+        os.fsync(self.metrics.fileno())
+        return os.fstat(self.metrics.fileno()).st_size
 
     def write(self, figures: Mapping[str, float | int | str]) -> None:
         """One object in metrics.jsonl, and the same on TensorBoard."""

@@ -23,7 +23,7 @@ def rank_command(
         user: UID:GID that docker and podman run as.
     """
     container = cluster.container
-    inside = (*container.command, *arguments)
+    inside = (*(container.command or ("dskd",)), *arguments)
     mounts = all_mounts(container, read, [*write, *([cluster.scratch] if cluster.scratch else [])])
     names = passed_variables(cluster)
     gpus = cluster.gpus_per_node > 0
@@ -39,7 +39,8 @@ def rank_command(
                 *(f"--env={name}" for name in names),
                 *container.arguments,
                 container.image,
-                *inside,
+                *container.command,
+                *arguments,
             )
         case "apptainer":
             return (
@@ -57,6 +58,7 @@ def rank_command(
                 f"--container-mounts={','.join(mounts)}",
                 f"--container-env={','.join(names)}",
                 *container.arguments,
+                "env",  # srun looks for the program on the node before it starts it in the image
                 *inside,
             )
 

@@ -12,6 +12,10 @@ from contextlib import ExitStack
 from typing import IO
 
 TAIL_LINES = 30
+UNFINISHED = 75
+"""Exit code for "not finished, run me again"."""
+STOP_SECONDS = 60.0
+"""How long ranks may differ in the time they need to stop."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -33,7 +37,9 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
     """Run `dskd ARGUMENTS` as `processes` ranks; the exit code is that of the first rank that failed, or 0.
 
     Rank 0 writes to this terminal. What the others write is kept and shown only where one of them fails first. SIGTERM,
-    SIGINT, SIGUSR1 and SIGUSR2 are passed on. When one rank fails the others are ended, which would else wait for ever.
+    SIGINT, SIGUSR1 and SIGUSR2 are passed on; ranks that stop with `UNFINISHED` are given time to do so together. When
+    one rank fails the others are ended, which would else wait for ever. Where a signal ended a rank, or some hang while
+    others stop, the code is `UNFINISHED`, and those that still ran show their stacks first.
     """
     command, port = [sys.executable, "-m", "dskd", *arguments], free_port()
     threads = str(max(1, (os.cpu_count() or 1) // processes))
@@ -45,12 +51,17 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
         for rank, output in enumerate(outputs):
             environment = {"OMP_NUM_THREADS": threads} | os.environ | rank_environment(rank, processes, port)
             ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-        failed = wait_for_all(ranks)
-        if failed is None:
+        if wait_for_all(ranks):
             return 0
+        codes = [process.poll() for process in ranks]
+        failed = first_failed(codes)
+        code = exit_code(codes)
+        if code == UNFINISHED:
+            show_stacks(ranks, outputs)
         end(ranks)
-        show_tail(failed, outputs[failed])
-        return exit_code(ranks[failed].returncode)
+        if codes[failed] != UNFINISHED:
+            show_tail(failed, outputs[failed])
+        return code
 
 
 def pass_on(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
@@ -59,18 +70,52 @@ def pass_on(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
             process.send_signal(number)
 
 
-def wait_for_all(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all ranks have ended well (None) or one has failed: which.
+def wait_for_all(ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Wait until all ranks have ended well (True), or one has failed and the others had time to tell why."""
+    while not any(codes := [process.poll() for process in ranks]):
+        if None not in codes:
+            return True
+        time.sleep(0.05)
+    # Ranks that save their state stop together; another failure tells itself a moment later on rank 0.
+    deadline = time.monotonic() + (STOP_SECONDS if UNFINISHED in codes else 0.5)
+    while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
+        time.sleep(0.05)
+    return False
+
+
+def first_failed(codes: Sequence[int | None]) -> int:
+    """The rank whose failure is told: one that a signal ended, else one that failed for a reason of its own.
 
     A mistake that all ranks notice, with the same code, is best told by rank 0, which writes to the terminal.
     """
-    while not any(codes := [process.poll() for process in ranks]):
-        if None not in codes:
-            return None
-        time.sleep(0.05)
-    first = next(rank for rank, code in enumerate(codes) if code)
-    time.sleep(0.5)  # rank 0 may notice it a moment later
-    return 0 if ranks[0].poll() == ranks[first].returncode else first
+    of_interest = [
+        [c for c in codes if c and c < 0],
+        [c for c in codes if c not in (None, 0, UNFINISHED)],
+        [UNFINISHED],
+    ]
+    return codes.index(next(found[0] for found in of_interest if found))
+
+
+def exit_code(codes: Sequence[int | None]) -> int:
+    """`UNFINISHED` where a signal ended a rank, which may go better next time; else the first failed rank's code."""
+    code = codes[first_failed(codes)]
+    assert code is not None
+    return UNFINISHED if code < 0 else code
+
+
+def show_stacks(ranks: Sequence[subprocess.Popen[bytes]], outputs: Sequence[IO[bytes] | None]) -> None:
+    """Where those ranks are that still run: each shows it on SIGQUIT; rank 0 by itself, the others through us."""
+    running = [rank for rank, process in enumerate(ranks) if process.poll() is None]
+    for rank in running:
+        ranks[rank].send_signal(signal.SIGQUIT)
+    if running:
+        time.sleep(1.0)
+    for rank in running:
+        output = outputs[rank]
+        if output is not None:
+            output.seek(0)
+            written = output.read().decode(errors="replace")
+            print(f"rank {rank} was here:", written[written.rfind("\nThread 0x") :], sep="\n", file=sys.stderr)
 
 
 def end(ranks: Sequence[subprocess.Popen[bytes]], patience: float = 5.0) -> None:
@@ -92,8 +137,3 @@ def show_tail(rank: int, output: IO[bytes] | None) -> None:
         output.seek(0)
         lines = output.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
         print(f"rank {rank} failed first; the end of what it wrote:", *lines, sep="\n", file=sys.stderr)
-
-
-def exit_code(returncode: int) -> int:
-    """A process ended by signal N has the shell's code for it."""
-    return returncode if returncode >= 0 else 128 - returncode

@@ -59,9 +59,9 @@ def run_task(directory: Path, command: tuple[str, ...]) -> int:
         code = child[0].wait()
     if code == 0:
         return 0
-    where = f"rank {rank} on {environment.hostname}"
     reason = again_reason(code, bool(received))
-    record.mark_ending(reason is not None, reason if reason == ASKED else f"{where}: {reason or describe_failure(code, log)}")
+    told = f"rank {rank} on {environment.hostname}: {reason or describe_failure(code, log)}"
+    record.mark_ending(reason is not None, ASKED if reason == ASKED else told)
     if code == AGAIN:
         return 0
     if code != MISTAKE:  # a mistake is noticed by all ranks at once

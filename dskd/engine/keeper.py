@@ -1,0 +1,106 @@
+"""How a run begins or goes on, and when its state is saved: what stands between the loop and `state`."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dskd.config.changes import harmful
+from dskd.config.errors import UserError
+from dskd.config.run import RunConfig
+from dskd.engine import directory, lock, state
+from dskd.engine.distributed import Ranks
+from dskd.engine.metrics import Monitor
+from dskd.engine.preemption import Stopped
+from dskd.engine.state import Progress
+
+
+@dataclass(frozen=True)
+class Past:
+    """What earlier starts of the run have left."""
+
+    changes: dict[str, str] | None
+    """Settings that changed since; None for a new run."""
+    folder: Path | None
+    """The state to go on from; None begins at step 0."""
+    progress: Progress
+    notes: tuple[str, ...]
+    """What the log should tell."""
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.finished and not harmful(self.changes or {})
+
+
+@contextmanager
+def opened(run: RunConfig, ranks: Ranks, force: bool) -> Iterator[Past]:
+    """Hold the run directory, and find what is in it. A collective call.
+
+    Raises `UserError` on all ranks where another process holds it, or it belongs to another run.
+    """
+    with ExitStack() as stack:
+        ranks.together(lambda: stack.enter_context(lock.held(run.directory, print)) if ranks.is_main else None)
+        changes = ranks.together(lambda: directory.changes(run, force) if ranks.is_main else None)[0]
+        if changes is None:
+            yield Past(None, None, Progress(), ())
+            return
+        folder, progress, notes = state.find(run.directory, ranks)
+        told = [f"changed: {key}: {change}" for key, change in changes.items()]
+        yield Past(changes, folder, progress, (*told, *notes))
+
+
+class Keeper:
+    """Saves a run's state when it is due, and brings it back."""
+
+    def __init__(self, run: RunConfig, ranks: Ranks, engine: Any, steps_per_epoch: int, total_steps: int) -> None:
+        self.run, self.ranks, self.engine = run, ranks, engine
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.kept: Progress | None = None
+        """What the newest state on disk says."""
+        self.set_clock()
+
+    def restore(self, past: Past) -> Progress:
+        """Load the state that was found, and make the run directory what it was then, or a new one. Collective."""
+        if past.progress.step > self.total_steps:
+            raise UserError(f"train: the run has made {past.progress.step} steps, more than {self.total_steps}")
+        if past.folder is not None:
+            state.load(past.folder, self.engine, self.run.train.seed, self.ranks)
+            self.kept = past.progress
+        self.ranks.together(lambda: self.prepare_directory(past) if self.ranks.is_main else None)
+        return past.progress
+
+    def prepare_directory(self, past: Past) -> None:
+        if past.changes is None or past.changes:
+            directory.write_settings(self.run)
+        directory.clean(self.run.directory)
+        directory.cut_metrics(self.run.directory, past.progress.metrics_bytes)
+
+    def keep(self, progress: Progress, monitor: Monitor) -> Progress:
+        """Save the state where that is due. A collective call.
+
+        Raises:
+            Stopped: where the ranks have agreed to stop; the state is saved then.
+            UserError: on all ranks, where one cannot write; the state before this one stays.
+        """
+        flags, finished = self.ranks.flags, progress.step == self.total_steps and not progress.pending
+        if flags.stop or self.is_due(progress.step):
+            progress = replace(progress, metrics_bytes=monitor.position(), finished=finished)
+            if progress != self.kept:
+                state.save(self.run.directory, self.engine, progress, self.run.checkpoint.keep_last, self.ranks)
+                self.kept = progress
+                if self.ranks.is_main:
+                    directory.keep_models(self.run.directory, progress.best)
+            self.set_clock()
+        if flags.stop and not finished:
+            raise Stopped
+        return progress
+
+    def is_due(self, step: int) -> bool:
+        every, epoch_done = self.run.checkpoint.every_steps, step % self.steps_per_epoch == 0
+        return epoch_done or step == self.total_steps or self.ranks.flags.save or bool(every and step % every == 0)
+
+    def set_clock(self) -> None:
+        minutes = self.run.checkpoint.every_minutes
+        self.ranks.flags.save_at = None if minutes is None else time.monotonic() + 60 * minutes

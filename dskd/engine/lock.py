@@ -1,0 +1,99 @@
+"""One process group at a time in a run directory.
+
+A POSIX record lock (`fcntl.lockf`) on .lock: it belongs to the process, children do not inherit it, the kernel drops it
+however the process ends, and NFS and Lustre pass it on between machines where they are set up to. Where they are not,
+the holder's beats in .holder tell that it lives: a counter, so that no clocks are compared.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dskd.config.errors import UserError
+from dskd.engine.files import as_user_error, write_text
+
+BEAT_SECONDS = 10.0
+DEAD_SECONDS = 35.0
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+LOCK, HOLDER = ".lock", ".holder"
+
+
+@contextmanager
+def held(directory: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    """Inside, no other process may use `directory`. Raises `UserError` where one does.
+
+    A holder on another machine that left without a word is waited for, until it is sure that it beats no more.
+    """
+    with as_user_error(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        take(lock, directory, tell)
+        with beating(directory / HOLDER):
+            yield
+    finally:
+        os.close(lock)  # which gives the lock back
+
+
+def take(lock: int, directory: Path, tell: Callable[[str], None]) -> None:
+    last = read(directory / HOLDER)
+    in_use = f"output.name: {directory} is in use by {last or 'another process'}; its run must end first"
+    certain = True
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(in_use) from None
+        if error.errno not in UNSUPPORTED:
+            raise
+        certain = False
+    if last is None or (certain and last.startswith(f"{socket.gethostname()} ")):
+        return
+    tell(f"the last holder, {last}, did not say good-bye: waiting up to {DEAD_SECONDS:.0f} s to see whether it lives")
+    deadline = time.monotonic() + DEAD_SECONDS
+    while time.monotonic() < deadline:
+        now = read(directory / HOLDER)
+        if now is None:
+            return
+        if now != last:
+            raise UserError(in_use)
+        time.sleep(1.0)
+
+
+def read(holder: Path) -> str | None:
+    """The holder's host, process and last beat."""
+    try:
+        values = json.loads(holder.read_text(encoding="utf-8"))
+        return f"{values['host']} process {values['pid']} (beat {values['beat']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def beating(holder: Path) -> Iterator[None]:
+    """Count up in `holder` until the end, and remove it then."""
+    ended = threading.Event()
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+    def beat() -> None:
+        count = 0
+        while not ended.wait(BEAT_SECONDS if count else 0.0):
+            count += 1
+            with suppress(OSError):  # a full disk is told by what training writes
+                write_text(holder, json.dumps(about | {"beat": count}))
+
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        holder.unlink(missing_ok=True)
