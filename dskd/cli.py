@@ -86,10 +86,17 @@ def resume(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, as it wrote it.")],
     overrides: Overrides = None,
     force: Force = False,
+    here: Annotated[
+        bool, typer.Option("--here", help="On this machine, even where the run was submitted to a cluster.")
+    ] = False,
 ) -> None:
-    """Go on with a run that was stopped, from its directory alone."""
+    """Go on with a run that was stopped, from its directory alone: here, or on the cluster that it was submitted to."""
     from dskd.config.load import override, run_in
 
+    if not here and "RANK" not in os.environ and (run_directory / "job" / "job.json").is_file():
+        from dskd.launch.verbs import resubmit
+
+        return resubmit(run_directory, overrides or [], force)
     start_training(override(run_in(run_directory), overrides or []), force)
 
 
@@ -225,6 +232,20 @@ def cancel(
     from dskd.launch.verbs import cancel_runs
 
     cancel_runs(directories, now)
+
+
+@app.command()
+def pipeline(
+    file: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="Stages that train and evaluate.")],
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster profile: a name in slurm/clusters, or a YAML file.")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="Run the stages here, without Slurm.")] = False,
+) -> None:
+    """Run a graph of trainings and evaluations, each after those it needs; what is complete already is skipped."""
+    from dskd.launch.verbs import run_pipeline
+
+    raise SystemExit(run_pipeline(file, cluster, local))
 
 
 @app.command()

@@ -12,6 +12,9 @@ from dskd.config.methods import MethodConfig
 from dskd.config.models import StudentConfig, TeacherConfig
 from dskd.config.training import CheckpointConfig, EvalConfig, TrainConfig
 
+BEST = "best"
+"""In a run directory, the link to its best model."""
+
 
 @dataclass(frozen=True)
 class OutputConfig:
@@ -71,7 +74,10 @@ class RunConfig:
     @property
     def directory(self) -> Path:
         """The run directory."""
-        return self.output.root / self.student.path.name / self.method.kind / self.output.name
+        path = self.student.path
+        # ROOT/STUDENT/METHOD/NAME/best is still that student.
+        student = path.parents[2].name if path.name == BEST and len(path.parents) > 3 else path.name
+        return self.output.root / student / self.method.kind / self.output.name
 
 
 def accumulation_steps(run: RunConfig, world_size: int) -> int:

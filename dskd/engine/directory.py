@@ -15,13 +15,13 @@ from dskd import __version__
 from dskd.config.changes import changed, harmful
 from dskd.config.errors import UserError
 from dskd.config.load import load_run, to_plain, to_yaml
-from dskd.config.run import RunConfig
+from dskd.config.run import BEST, RunConfig
 from dskd.engine.checkpoint import MODEL_NAME, Saved
 from dskd.engine.files import as_user_error, write_text
 from dskd.engine.metrics import LOG
 
-NOT_A_RUN = {"job", ".lock", ".holder"}
-"""What may be in the directory of a run that has not begun."""
+NOT_A_RUN = ("job", ".lock", ".holder")
+"""How all begins that may be in the directory of a run that has not begun."""
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors")
 
 
@@ -41,7 +41,7 @@ def changes(run: RunConfig, force: bool) -> dict[str, str] | None:
         UserError: where it holds something else, or this would be another run and `force` is off.
     """
     directory = run.directory
-    if not directory.is_dir() or not {p.name for p in directory.iterdir()} - NOT_A_RUN:
+    if not directory.is_dir() or all(p.name.startswith(NOT_A_RUN) for p in directory.iterdir()):
         return None
     if not (directory / "run.yaml").is_file():
         raise UserError(f"output.name: {directory} holds something that is no run; choose another output.name")
@@ -64,7 +64,12 @@ def clean(directory: Path) -> None:
 
 
 def keep_models(directory: Path, kept: tuple[Saved, ...]) -> None:
-    """Delete the saved models that are not among `kept`."""
+    """Delete the saved models that are not among `kept`, best first; `best` links to the first one."""
+    if kept:
+        link = directory / f".{BEST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(kept[0].folder.name)
+        link.replace(directory / BEST)
     names = {saved.folder.name for saved in kept}
     for folder in directory.glob("epoch*_step*"):
         if MODEL_NAME.fullmatch(folder.name) and folder.name not in names:

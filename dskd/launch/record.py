@@ -93,11 +93,8 @@ class Record:
 
     def read_job(self) -> Job | None:
         """What was submitted last, or None."""
-        try:
-            values = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return cattrs.structure(values, Job)
+        values = _read_json(self.folder / "job.json")
+        return None if values is None else cattrs.structure(values, Job)
 
     def write_job(self, job: Job) -> None:
         self.write("job.json", json.dumps(asdict(job), indent=2) + "\n")
@@ -135,12 +132,21 @@ class Record:
 
     def state_step(self) -> int:
         """Step of the last complete state, 0 without one."""
-        latest = self.directory / "resume" / "LATEST"
-        try:
-            found = re.search(r"step(\d+)", str(latest.readlink()) if latest.is_symlink() else latest.read_text())
-        except FileNotFoundError:
-            return 0
+        found = re.fullmatch(r"step(\d+)", self.state_name())
         return int(found[1]) if found else 0
+
+    def state_name(self) -> str:
+        try:
+            return (self.directory / "resume" / "LATEST").read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return ""
+
+    def is_complete(self) -> bool:
+        """Whether a run has made its last step, or an evaluation has its results."""
+        if (self.directory / "results.json").is_file():
+            return True
+        state = _read_json(self.directory / "resume" / self.state_name() / "state.json") or {}
+        return bool(state.get("finished"))
 
 
 def lost(start: Start) -> Start:
@@ -148,6 +154,14 @@ def lost(start: Start) -> Start:
 
 
 _START = re.compile(r"start(\d+)\.rank\d+\.log$")
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return values
 
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -2,13 +2,16 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError
-from dskd.config.load import load_run
+from dskd.config.load import load, load_run, override, run_in
 from dskd.launch import slurm
 from dskd.launch.clusters import find_cluster
+from dskd.launch.pipeline import read_pipeline, run_here, submit_pipeline
 from dskd.launch.record import Record
 from dskd.launch.request import Request, train_request
 from dskd.launch.status import Status, require_job, statuses, submitted_under
@@ -32,6 +35,37 @@ def submit_runs(arguments: Sequence[str], cluster_name: str, parallel: int | Non
         return
     for request, job in zip(requests, submit(requests, name, cluster, parallel), strict=True):
         print(f"job {job}: {request.directory}")
+
+
+def resubmit(directory: Path, overrides: Sequence[str], force: bool) -> None:
+    """`dskd resume` of a submitted run: the same job again, on the same cluster."""
+    record = Record(directory.absolute())
+    job = require_job(record)
+    started = (record.directory / "run.yaml").is_file()
+    run = override(run_in(directory) if started else load_run(record.folder / "run.yaml"), overrides)
+    if record.is_complete() and not overrides:
+        raise UserError(f"{directory}: this run is finished already")
+    cluster = load(record.folder / "cluster.yaml", ClusterConfig)
+    request = train_request(run, cluster)
+    if force:
+        request = replace(request, command=(*request.command, "--force"))
+    (id_,) = submit([request], job.cluster, cluster)
+    print(f"job {id_}: {record.directory}")
+
+
+def run_pipeline(file: Path, cluster_name: str | None, local: bool) -> int:
+    """`dskd pipeline`; the exit code."""
+    if local == (cluster_name is not None):
+        raise UserError("pipeline: either --cluster NAME or --local is expected")
+    name, cluster = find_cluster(cluster_name) if cluster_name else ("", ClusterConfig(cpus_per_node=1))
+    stages = read_pipeline(file, cluster)
+    if local:
+        return run_here(stages)
+    for stage, what in submit_pipeline(stages, name, cluster):
+        print(f"{stage.name}: {what}")
+        for request in stage.requests:
+            print(f"  {shown_path(request.directory)}")
+    return 0
 
 
 def refuse_twins(requests: Sequence[Request]) -> None:
