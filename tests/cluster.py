@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dskd.launch.record import Record
@@ -41,6 +42,13 @@ def wait_for(directory: Path, *states: str, step: int = 0, timeout: float = 300)
             return status
         wrong = status.state in ("failed", "cancelled", "gone") or time.monotonic() > deadline
         assert not wrong, f"{status}\n{everything_said(directory)}"
+        time.sleep(1)
+
+
+def wait_until(condition: Callable[[], bool], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(1)
 
 

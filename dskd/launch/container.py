@@ -7,6 +7,11 @@ from pathlib import Path
 from dskd.config.cluster import ClusterConfig, ContainerConfig
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What has this prefix comes through into apptainer's clean environment.
+APPTAINER = """\
+for name in {names}; do value=$(printenv "$name") && export "APPTAINERENV_$name=$value"; done
+exec apptainer exec --cleanenv --no-home "$@"
+"""
 # A step inside the job's own step, on this very node; srun passes signals on to what it started.
 PYXIS = 'exec srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "$@"'
 
@@ -44,7 +49,7 @@ def rank_command(
             )
         case "apptainer":
             return (
-                *("apptainer", "exec", "--cleanenv", "--no-home"),
+                *("sh", "-c", APPTAINER.format(names=" ".join(names)), "apptainer"),
                 *(["--nv"] if gpus else []),
                 *(f"--bind={mount}" for mount in mounts),
                 *container.arguments,

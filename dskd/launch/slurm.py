@@ -12,7 +12,7 @@ import stamina
 from dskd.config.errors import UserError
 
 UNREACHABLE = re.compile(r"Unable to contact slurm controller|Connection refused|Zero Bytes were transmitted", re.I)
-ATTEMPTS, SECONDS = 4, 30.0
+ATTEMPTS, WAIT, SECONDS = 4, 1.0, 30.0
 # What sbatch says when it refuses, and the key of the cluster profile that it is about.
 KEYS = (
     (r"account", "account"),
@@ -49,7 +49,7 @@ def require_slurm() -> None:
 def patiently(call: Callable[[], T]) -> T:
     """Run a call of Slurm again while it raises `Unreachable`, with a limit; then raise `UserError`."""
     try:
-        for attempt in stamina.retry_context(on=Unreachable, attempts=ATTEMPTS, timeout=SECONDS, wait_initial=1.0):
+        for attempt in stamina.retry_context(on=Unreachable, attempts=ATTEMPTS, timeout=SECONDS, wait_initial=WAIT):
             with attempt:
                 return call()
     except Unreachable as error:

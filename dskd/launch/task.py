@@ -94,7 +94,7 @@ def describe_failure(code: int, log: Path) -> str:
 def rank_variables(environment: JobEnvironment) -> dict[str, str]:
     """What torch.distributed reads, from Slurm's environment. The port is the job's own."""
     local = environment.num_tasks // environment.num_nodes
-    variables = {
+    return {
         "RANK": str(environment.global_rank),
         "LOCAL_RANK": str(environment.local_rank),
         "WORLD_SIZE": str(environment.num_tasks),
@@ -103,8 +103,6 @@ def rank_variables(environment: JobEnvironment) -> dict[str, str]:
         "MASTER_PORT": str(port_of(int(environment.raw_job_id))),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK", "1"),
     }
-    # apptainer hands on, into a clean environment, what has this prefix.
-    return variables | {f"APPTAINERENV_{name}": value for name, value in variables.items()}
 
 
 def port_of(job: int) -> int:
