@@ -251,16 +251,22 @@ def pipeline(
 @app.command()
 def settings(
     prefix: Annotated[str, typer.Argument(help="Show keys that begin with this, such as train or engine.")] = "",
+    cluster: Annotated[bool, typer.Option("--cluster", help="Those of a cluster profile instead.")] = False,
 ) -> None:
-    """List every key of a run file with its type, default and help."""
+    """List every key of a run file, or of a cluster profile, with its type, default and help."""
     from rich.console import Console
     from rich.table import Table
 
     from dskd.config import describe
+    from dskd.config.cluster import ClusterConfig
+    from dskd.config.run import RunConfig
 
-    found = describe.settings(prefix)
+    kind = ClusterConfig if cluster else RunConfig
+    found = describe.settings(prefix, kind)
     if not found:
-        areas = ", ".join(dict.fromkeys(s.key.partition(".")[0].partition("(")[0] for s in describe.settings()))
+        areas = ", ".join(
+            dict.fromkeys(s.key.partition(".")[0].partition("(")[0] for s in describe.settings(kind=kind))
+        )
         raise UserError(f"settings: no key begins with {prefix!r}; areas: {areas}")
     table = Table("key", "type", "default", "help", box=None, pad_edge=False, header_style="bold")
     for setting in found:

@@ -20,7 +20,7 @@ from dskd.engine.checkpoint import MODEL_NAME, Saved
 from dskd.engine.files import as_user_error, write_text
 from dskd.engine.metrics import LOG
 
-NOT_A_RUN = ("job", ".lock", ".holder")
+NOT_A_RUN = ("job", ".lock", ".holder", "..holder")  # the last one while .holder is being written
 """How all begins that may be in the directory of a run that has not begun."""
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors")
 

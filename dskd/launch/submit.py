@@ -6,8 +6,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 from submitit import SlurmExecutor
@@ -76,7 +77,7 @@ def submit(
 def hand_over(executor: Executor, requests: Sequence[Request]) -> list[str]:
     """Ids of the submitted jobs. Raises `slurm.Unreachable`, or `UserError` with sbatch's words."""
     try:
-        with executor.batch():
+        with redirect_stderr(StringIO()), executor.batch():  # submitit prints what it then raises
             jobs = [executor.submit(Task(request.directory, request.command)) for request in requests]
     except FailedJobError as error:
         said = str(error)
