@@ -129,7 +129,7 @@ class StopWhenAsked(StoppingCriteria):  # type: ignore[misc]
         self.ranks = ranks
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **unused: Any) -> Tensor:
-        self.ranks.flags.moves += 1
+        self.ranks.flags.moved()
         return torch.full((len(input_ids),), self.ranks.flags.stop_requested, device=input_ids.device)
 
 

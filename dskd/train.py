@@ -19,7 +19,7 @@ from dskd.data.batch import Batch
 from dskd.data.loader import Collator, Plan, Steps, evaluation_batches, load_steps
 from dskd.data.records import Record, read_records
 from dskd.data.tokenization import Limits, check_tokenizer
-from dskd.engine.checkpoint import Saved, Scores, best_of, model_name, save_model
+from dskd.engine.checkpoint import Saved, Scores, best_of, model_name
 from dskd.engine.distributed import Ranks
 from dskd.engine.keeper import Keeper, opened
 from dskd.engine.metrics import LOG, Monitor
@@ -99,20 +99,20 @@ def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
         monitor = stack.enter_context(Monitor(run.directory, job.total_steps, ranks.is_main, progress.step))
         announce(job, progress, past.notes)
         if progress.step:
-            progress = keeper.keep(after_step(job, monitor, progress), monitor)
+            progress = keeper.keep(after_step(job, keeper, monitor, progress), monitor)
         stack.enter_context(closing(batches))
         for step, micro_batches in enumerate(batches, start=progress.step + 1):
             epoch = (step - 1) // job.plan.steps_per_epoch + 1
             monitor.step({"step": step, "epoch": epoch} | train_step(job, step, micro_batches))
             progress = replace(progress, step=step, pending=is_due(job, step))
-            progress = keeper.keep(after_step(job, monitor, progress), monitor)
+            progress = keeper.keep(after_step(job, keeper, monitor, progress), monitor)
         if ranks.is_main:
             best = progress.best[0]
             LOG.info(f"finished: best model {best.folder} ({describe(best.scores)})")
     return run.directory
 
 
-def after_step(job: Prepared, monitor: Monitor, progress: Progress) -> Progress:
+def after_step(job: Prepared, keeper: Keeper, monitor: Monitor, progress: Progress) -> Progress:
     """Evaluate and save a model where that is due and not done; a stop leaves it for the next start."""
     if not progress.pending or job.ranks.flags.stop:
         return progress
@@ -123,7 +123,7 @@ def after_step(job: Prepared, monitor: Monitor, progress: Progress) -> Progress:
     run, step = job.run, progress.step
     epoch = (step - 1) // job.plan.steps_per_epoch + 1
     folder = run.directory / model_name(epoch, step, scores)
-    save_model(folder, job.distiller.student, job.distiller.method, job.dev.student, job.ranks)
+    keeper.keep_model(folder, job.distiller.student, job.distiller.method, job.dev.student)
     monitor.write({"step": step} | {f"dev_{k}": v for k, v in asdict(scores).items() if v is not None})
     LOG.info(f"epoch {epoch}  {describe(scores)}  saved {folder}")
     best = best_of([*progress.best, Saved(folder, scores)], run.checkpoint.best_by, run.checkpoint.keep_best)
@@ -306,6 +306,7 @@ def prepare(run: RunConfig, ranks: Ranks) -> Prepared:
     method = METHODS[run.method.kind](run.method, view, teacher, run.engine.loss_memory_mb)
     engine = build_engine(Distiller(student, view, method, run.engine.loss_memory_mb), method, run, config)
     check_view(view)
+    engine.train()  # transformers loads models for evaluation, without dropout
     torch.manual_seed(run.train.seed + ranks.rank)  # dropout differs between the ranks
     total_steps = plan.steps_per_epoch * run.train.epochs
     total_steps = min(total_steps, run.train.max_steps or total_steps)

@@ -68,7 +68,7 @@ class ClusterConfig:
     shared: tuple[Path, ...] = ()
     """Folders on storage that all nodes and the login node share; where given, all paths of a run must lie in them."""
     scratch: Path | None = None
-    """Folder on a node's own fast disk, mounted into the container."""
+    """Folder on a node's own fast disk; runs save their states there first (checkpoint.scratch_dir)."""
     modules: tuple[str, ...] = ()
     """Environment modules to load on the nodes."""
     environment: dict[str, str] = field(default_factory=dict)

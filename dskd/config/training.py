@@ -1,6 +1,7 @@
 """Settings of optimization, evaluation, generation and checkpoints."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from dskd.config.errors import require
@@ -95,6 +96,8 @@ class CheckpointConfig:
     """Save the state when so much time has passed since the last one; empty leaves it to every_steps."""
     keep_last: int = 1
     """States to keep; older ones are deleted after a newer one is complete."""
+    scratch_dir: Path | None = None
+    """Folder on a disk of each node's own: states and models are written there and copied while training goes on."""
 
     def __post_init__(self) -> None:
         for key in ("keep_best", "every_steps", "every_minutes", "keep_last"):

@@ -20,8 +20,8 @@ from dskd.engine.checkpoint import MODEL_NAME, Saved
 from dskd.engine.files import as_user_error, write_text
 from dskd.engine.metrics import LOG
 
-NOT_A_RUN = ("job", ".lock", ".holder", "..holder")  # the last one while .holder is being written
-"""How all begins that may be in the directory of a run that has not begun."""
+NOT_A_RUN = {"job", "eval", ".lock"}
+"""What may be in the directory of a run that has not begun."""
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors")
 
 
@@ -41,7 +41,7 @@ def changes(run: RunConfig, force: bool) -> dict[str, str] | None:
         UserError: where it holds something else, or this would be another run and `force` is off.
     """
     directory = run.directory
-    if not directory.is_dir() or all(p.name.startswith(NOT_A_RUN) for p in directory.iterdir()):
+    if not directory.is_dir() or all(p.name in NOT_A_RUN for p in directory.iterdir()):
         return None
     if not (directory / "run.yaml").is_file():
         raise UserError(f"output.name: {directory} holds something that is no run; choose another output.name")

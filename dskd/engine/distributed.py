@@ -39,14 +39,14 @@ class Ranks:
         """Element-wise sum over the ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
-        self.flags.moves += 1
+        self.flags.moved()
         return values
 
     def sum_and_agree(self, values: Tensor) -> Tensor:
         """`sum` of a vector, and with the same collective the ranks agree on stopping and saving (`flags`)."""
         found = self.sum(torch.cat([values, values.new_tensor(self.flags.wanted())]))
-        self.flags.agree(*found[-2:].tolist())
-        return found[:-2]
+        self.flags.agree(*found[-3:].tolist())
+        return found[:-3]
 
     def stop_if_asked(self) -> None:
         """Raise `Stopped` on all ranks where any was asked to stop. A collective call."""
@@ -61,7 +61,7 @@ class Ranks:
         """`value` of every rank, in rank order, on every rank. Only what our own ranks send is unpickled."""
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
-        self.flags.moves += 1
+        self.flags.moved()
         return gathered
 
     def together(self, do: Callable[[], T]) -> list[T]:

@@ -1,7 +1,7 @@
 """How a run begins or goes on, and when its state is saved: what stands between the loop and `state`."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,8 @@ from dskd.config.changes import harmful
 from dskd.config.errors import UserError
 from dskd.config.run import RunConfig
 from dskd.engine import directory, lock, state
+from dskd.engine.checkpoint import save_model
+from dskd.engine.delivery import Delivery
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import Monitor
 from dskd.engine.preemption import Stopped
@@ -57,8 +59,13 @@ class Keeper:
     def __init__(self, run: RunConfig, ranks: Ranks, engine: Any, steps_per_epoch: int, total_steps: int) -> None:
         self.run, self.ranks, self.engine = run, ranks, engine
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
-        self.kept: Progress | None = None
-        """What the newest state on disk says."""
+        self.delivery = Delivery(run.checkpoint.scratch_dir, run.directory, ranks.rank)
+        ranks.flags.copying = lambda: self.delivery.busy
+        self.kept: tuple[int, bool] | None = None
+        """Step and pending evaluation of the newest state that was written."""
+        self.unpublished: Callable[[], None] | None = None
+        """Publishes the state that was written last, once all of it is in the run directory."""
+        self.due = False
         self.set_clock()
 
     def restore(self, past: Past) -> Progress:
@@ -67,7 +74,7 @@ class Keeper:
             raise UserError(f"train: the run has made {past.progress.step} steps, more than {self.total_steps}")
         if past.folder is not None:
             state.load(past.folder, self.engine, self.run.train.seed, self.ranks)
-            self.kept = past.progress
+            self.kept = (past.progress.step, past.progress.pending)
         self.ranks.together(lambda: self.prepare_directory(past) if self.ranks.is_main else None)
         return past.progress
 
@@ -77,25 +84,57 @@ class Keeper:
         directory.clean(self.run.directory)
         directory.cut_metrics(self.run.directory, past.progress.metrics_bytes)
 
+    def keep_model(self, folder: Path, student: Any, projectors: Any, tokenizer: Any) -> None:
+        """Save a model. A collective call."""
+        save_model(self.delivery.local(folder), student, projectors, tokenizer, self.ranks)
+        if self.ranks.is_main:
+            self.delivery.folder(folder)
+
     def keep(self, progress: Progress, monitor: Monitor) -> Progress:
         """Save the state where that is due. A collective call.
+
+        Where the last one is still on its way from the scratch folder, the next has to wait until it is there.
 
         Raises:
             Stopped: where the ranks have agreed to stop; the state is saved then.
             UserError: on all ranks, where one cannot write; the state before this one stays.
         """
         flags, finished = self.ranks.flags, progress.step == self.total_steps and not progress.pending
-        if flags.stop or self.is_due(progress.step):
-            progress = replace(progress, metrics_bytes=monitor.position(), finished=finished)
-            if progress != self.kept:
-                state.save(self.run.directory, self.engine, progress, self.run.checkpoint.keep_last, self.ranks)
-                self.kept = progress
-                if self.ranks.is_main:
-                    directory.keep_models(self.run.directory, progress.best)
+        self.due = self.due or self.is_due(progress.step)
+        at_once = flags.stop or finished
+        if at_once or not flags.busy:
+            self.arrive()
+        if at_once or (self.due and not flags.busy):
+            if (progress.step, progress.pending) != self.kept:
+                progress = replace(progress, metrics_bytes=monitor.position(), finished=finished)
+                self.save(progress)
+            self.due = False
             self.set_clock()
+        if at_once:
+            self.arrive()
         if flags.stop and not finished:
             raise Stopped
         return progress
+
+    def save(self, progress: Progress) -> None:
+        folder = state.folder_of(self.run.directory, progress)
+        written = state.write(folder, self.delivery, self.engine, self.ranks)
+        self.kept = (progress.step, progress.pending)
+
+        def publish() -> None:
+            state.complete(folder, progress, written, self.run.checkpoint.keep_last)
+            directory.keep_models(self.run.directory, progress.best)
+
+        self.unpublished = publish
+        if not self.delivery.scratch:
+            self.arrive()
+
+    def arrive(self) -> None:
+        """Wait for what is on its way on any rank, and publish the state that it belongs to. A collective call."""
+        if self.unpublished is not None:
+            self.ranks.together(lambda: self.delivery.wait(self.ranks.flags.moved))
+            publish, self.unpublished = self.unpublished, None
+            self.ranks.together(lambda: publish() if self.ranks.is_main else None)
 
     def is_due(self, step: int) -> bool:
         every, epoch_done = self.run.checkpoint.every_steps, step % self.steps_per_epoch == 0

@@ -1,8 +1,8 @@
 """One process group at a time in a run directory.
 
-A POSIX record lock (`fcntl.lockf`) on .lock: it belongs to the process, children do not inherit it, the kernel drops it
-however the process ends, and NFS and Lustre pass it on between machines where they are set up to. Where they are not,
-the holder's beats in .holder tell that it lives: a counter, so that no clocks are compared.
+A POSIX record lock (`fcntl.lockf`) on .lock/lock: it belongs to the process, children do not inherit it, the kernel
+drops it however the process ends, and NFS and Lustre pass it on between machines where they are set up to. Where they
+are not, the beats of the holder in .lock/holder tell that it lives: a counter, so that no clocks are compared.
 """
 
 import errno
@@ -22,7 +22,7 @@ from dskd.engine.files import as_user_error, write_text
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 35.0
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-LOCK, HOLDER = ".lock", ".holder"
+FOLDER = ".lock"
 
 
 @contextmanager
@@ -31,20 +31,21 @@ def held(directory: Path, tell: Callable[[str], None]) -> Iterator[None]:
 
     A holder on another machine that left without a word is waited for, until it is sure that it beats no more.
     """
+    holder = directory / FOLDER / "holder"
     with as_user_error(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        holder.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / FOLDER / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        take(lock, directory, tell)
-        with beating(directory / HOLDER):
+        take(lock, holder, tell)
+        with beating(holder):
             yield
     finally:
         os.close(lock)  # which gives the lock back
 
 
-def take(lock: int, directory: Path, tell: Callable[[str], None]) -> None:
-    last = read(directory / HOLDER)
-    in_use = f"output.name: {directory} is in use by {last or 'another process'}; its run must end first"
+def take(lock: int, holder: Path, tell: Callable[[str], None]) -> None:
+    last = read(holder)
+    in_use = f"output.name: {holder.parents[1]} is in use by {last or 'another process'}; its run must end first"
     certain = True
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,7 +60,7 @@ def take(lock: int, directory: Path, tell: Callable[[str], None]) -> None:
     tell(f"the last holder, {last}, did not say good-bye: waiting up to {DEAD_SECONDS:.0f} s to see whether it lives")
     deadline = time.monotonic() + DEAD_SECONDS
     while time.monotonic() < deadline:
-        now = read(directory / HOLDER)
+        now = read(holder)
         if now is None:
             return
         if now != last:

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
@@ -24,16 +25,23 @@ class Flags:
     """Time of `time.monotonic()` from which on a state is due, on this rank's clock."""
     moves: int = 0
     """Counts up while this rank gets on; see `dskd.engine.watch`."""
+    copying: Callable[[], bool] = lambda: False
+    """Whether this rank's background copies are under way."""
     stop: bool = False
     save: bool = False
+    busy: bool = False
 
-    def wanted(self) -> tuple[float, float]:
-        """What this rank adds to the sum over all ranks: stop, save."""
-        return float(self.stop_requested), float(self.save_at is not None and time.monotonic() >= self.save_at)
+    def moved(self) -> None:
+        self.moves += 1
 
-    def agree(self, stop: float, save: float) -> None:
+    def wanted(self) -> tuple[float, float, float]:
+        """What this rank adds to the sum over all ranks: stop, save, busy."""
+        save = self.save_at is not None and time.monotonic() >= self.save_at
+        return float(self.stop_requested), float(save), float(self.copying())
+
+    def agree(self, stop: float, save: float, busy: float) -> None:
         """Take over the sums; a stop that is agreed on stays."""
-        self.stop, self.save = self.stop or stop > 0, save > 0
+        self.stop, self.save, self.busy = self.stop or stop > 0, save > 0, busy > 0
 
 
 def watch_signals() -> Flags:

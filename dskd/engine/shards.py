@@ -99,7 +99,7 @@ def save_pieces(engine: Any, file: Path, extra: dict[str, Tensor], notes: dict[s
 def load_pieces(engine: Any, files: Sequence[Path]) -> None:
     """Set this rank's weights and moments from the files of all ranks that saved. Raises `ValueError` on a misfit."""
     inner, stage = inner_optimizer(engine), engine.zero_optimization_stage()
-    fused = {id(p): bool(group.get("fused")) for group in inner.param_groups for p in group["params"]}
+    fused = any(group.get("fused") for group in inner.param_groups)  # then torch counts steps on the device
     with PieceReader(files) as saved:
         own = list(pieces(engine))
         trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
@@ -119,7 +119,7 @@ def load_pieces(engine: Any, files: Sequence[Path]) -> None:
             if isinstance(inner, DeepSpeedCPUAdam):
                 moments["step"] = step
             else:
-                device = piece.master.device if fused[id(piece.master)] else "cpu"
+                device = piece.master.device if fused else "cpu"
                 moments["step"] = torch.tensor(float(step), device=device)
         refresh = {0: refresh_copies, 1: refresh_whole, 2: refresh_whole, 3: refresh_partitions}
         refresh[stage](engine, own, saved)

@@ -25,6 +25,7 @@ from dskd import __version__
 from dskd.config.errors import UserError
 from dskd.engine import randomness
 from dskd.engine.checkpoint import Saved, Scores
+from dskd.engine.delivery import Delivery
 from dskd.engine.distributed import Ranks
 from dskd.engine.files import as_user_error, damage, entry, publish, read_manifest, sync_file, write_text
 from dskd.engine.metrics import LOG
@@ -59,16 +60,25 @@ class Progress:
         return cls(values["step"], values["pending"], best, values["metrics_bytes"], values["finished"])
 
 
-def save(directory: Path, engine: Any, progress: Progress, keep_last: int, ranks: Ranks) -> None:
-    """Write the state of all ranks to directory/resume, and delete older ones afterwards. A collective call.
+def folder_of(directory: Path, progress: Progress) -> Path:
+    return directory / FOLDER / (f"step{progress.step}" + (BEFORE if progress.pending else ""))
 
-    Raises `UserError` on all ranks where one cannot write; the states that were there before stay.
+
+def write(folder: Path, delivery: Delivery, engine: Any, ranks: Ranks) -> dict[str, Any]:
+    """Write every rank's file into a folder beside `folder`, or on its way there; returns their sizes and sums.
+
+    A collective call. Raises `UserError` on all ranks where one cannot write.
     """
-    folder = directory / FOLDER / (f"step{progress.step}" + (BEFORE if progress.pending else ""))
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_of(folder)
     ranks.together(lambda: clear(partial) if ranks.is_main else None)
-    sums = ranks.together(lambda: write_rank(partial, engine, ranks))
-    ranks.together(lambda: complete(partial, folder, progress, dict(sums), keep_last, ranks) if ranks.is_main else None)
+    written = dict(ranks.together(lambda: write_rank(delivery.local(partial), engine, ranks)))
+    name = f"rank{ranks.rank}.safetensors"
+    delivery.file(partial / name, written[name])
+    return written
+
+
+def partial_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def clear(partial: Path) -> None:
@@ -81,19 +91,19 @@ def clear(partial: Path) -> None:
 def write_rank(partial: Path, engine: Any, ranks: Ranks) -> tuple[str, dict[str, Any]]:
     file = partial / f"rank{ranks.rank}.safetensors"
     with as_user_error(file):
+        partial.mkdir(parents=True, exist_ok=True)
         save_pieces(engine, file, *randomness.capture(ranks.device))
         sync_file(file)
         return file.name, entry(file)
 
 
-def complete(
-    partial: Path, folder: Path, progress: Progress, sums: dict[str, Any], keep_last: int, ranks: Ranks
-) -> None:
-    """Once every rank's file is there: publish the state, then LATEST, then delete older states."""
+def complete(folder: Path, progress: Progress, written: dict[str, Any], keep_last: int) -> None:
+    """Once every rank's file is there: publish the state, then LATEST, then delete older states. On the main rank."""
+    partial = partial_of(folder)
     with as_user_error(folder):
-        about = {"format": FORMAT, "dskd": __version__, "time": time.time(), "world_size": ranks.world_size}
+        about = {"format": FORMAT, "dskd": __version__, "time": time.time(), "world_size": len(written)}
         write_text(partial / STATE, json.dumps(about | progress.to_json(), indent=2) + "\n")
-        publish(partial, folder, sums | {STATE: entry(partial / STATE)})
+        publish(partial, folder, written | {STATE: entry(partial / STATE)})
         write_text(folder.parent / LATEST, folder.name + "\n")
         for older in newest_first(folder.parent)[keep_last:]:
             shutil.rmtree(older)

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dskd.config.cluster import ClusterConfig
@@ -41,6 +41,8 @@ def train_request(run: RunConfig, cluster: ClusterConfig, coming: Collection[Pat
     Raises:
         UserError: for what cannot work there.
     """
+    if cluster.scratch is not None and run.checkpoint.scratch_dir is None:
+        run = replace(run, checkpoint=replace(run.checkpoint, scratch_dir=cluster.scratch))
     request = Request(
         directory=run.directory,
         name=run.directory.name,

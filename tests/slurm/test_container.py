@@ -1,4 +1,4 @@
-"""A rank in a real container: docker on the nodes of the local cluster, with the machine's own programs as its image."""
+"""A rank in a real container: docker on the nodes of the local cluster; its image is this machine, read-only."""
 
 import os
 import shutil

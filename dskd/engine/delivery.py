@@ -1,0 +1,74 @@
+"""From a node's own disk to the run directory: what is written fast there is copied in the background, and verified."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+from dskd.config.errors import UserError
+from dskd.engine.files import as_user_error, damage, publish, read_manifest, sync_file
+
+
+class Delivery:
+    """This rank's copies, one after the other in a thread. Without a scratch folder all is written in its place."""
+
+    def __init__(self, scratch: Path | None, directory: Path, rank: int) -> None:
+        self.directory, self.scratch = directory, None
+        self.copies: list[futures.Future[None]] = []
+        if scratch is not None:
+            # Runs and ranks that share a node share its disk.
+            name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+            self.scratch = scratch / f"dskd-{name}" / f"rank{rank}"
+            shutil.rmtree(self.scratch, ignore_errors=True)  # an earlier start's; what counts is in the run directory
+            self.thread = futures.ThreadPoolExecutor(1, "delivery")
+
+    def local(self, path: Path) -> Path:
+        """Where to write what is to become `path` in the run directory."""
+        return path if self.scratch is None else self.scratch / path.relative_to(self.directory)
+
+    def file(self, path: Path, expected: dict[str, Any]) -> None:
+        """Bring a file that was written to `local(path)`; `expected` are its size and sha256."""
+        self.submit(lambda: copy_file(self.local(path), path, expected))
+
+    def folder(self, path: Path) -> None:
+        """Bring a folder with a MANIFEST.json that was written to `local(path)`: whole or not at all."""
+        self.submit(lambda: copy_folder(self.local(path), path))
+
+    def submit(self, copy: Callable[[], None]) -> None:
+        if self.scratch is not None:
+            self.copies.append(self.thread.submit(copy))
+
+    @property
+    def busy(self) -> bool:
+        return any(not copy.done() for copy in self.copies)
+
+    def wait(self, moved: Callable[[], None]) -> None:
+        """Until all has arrived; `moved` is called every second. Raises what a copy raised."""
+        copies, self.copies = self.copies, []
+        while futures.wait(copies, timeout=1.0).not_done:
+            moved()
+        for copy in copies:
+            copy.result()
+
+
+def copy_file(source: Path, target: Path, expected: dict[str, Any]) -> None:
+    """Move a file to another disk. Raises `UserError` where it does not arrive as it was."""
+    with as_user_error(target):
+        shutil.copyfile(source, target)
+        sync_file(target)
+        problem = damage(target, expected)
+        if problem is not None:
+            raise UserError(f"{target}: damaged on its way from {source}: {problem}")
+        source.unlink()
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    files, temporary = read_manifest(source), target.with_name(f".{target.name}.copy")
+    with as_user_error(temporary):
+        for name, expected in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(source / name, temporary / name, expected)
+        publish(temporary, target, files)
+        shutil.rmtree(source)
