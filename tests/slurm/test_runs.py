@@ -42,7 +42,7 @@ def runs(slurm, profile, make_run, tmp_path_factory):
     )
     two_nodes, others = profile(sbatch=FIRST_HALF), profile(sbatch=SECOND_HALF)
     (preempted,) = submit(run, "--cluster", two_nodes, "output.name=preempted")
-    long = ["method.kind=sft", "launch.processes=1", "train.micro_batch_size=1", "checkpoint.every_steps=5"]
+    long = ["method.kind=sft", "launch.nodes=1", "train.micro_batch_size=1", "checkpoint.every_steps=5"]
     (killed,) = submit(run, "--cluster", others, *long, "train.epochs=20", "eval.every_epochs=20", "output.name=killed")
     node = kill_a_node(slurm, wait_for(killed, "running", step=10).nodes)
     wait_for(preempted, "running", step=3)
