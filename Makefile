@@ -1,7 +1,8 @@
 # make quickstart   a real distillation in minutes, no GPU needed
 # make test         linters, types, import rules, tests
+# make test-faults  runs that are interrupted, on broken disks and with dead ranks; some minutes
 # make test-slurm   tests on a real Slurm cluster on this machine; needs root on Debian or Ubuntu
-# They set up what they need in .venv on their first run.
+# All set up what they need in .venv on their first run.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ VENV := .venv
 LOGIN_VENV := .venv-login
 PIP_INSTALL = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt
 
-.PHONY: quickstart test test-slurm lint setup clean
+.PHONY: quickstart test test-faults test-slurm lint setup clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -19,6 +20,9 @@ quickstart: $(VENV)/ready
 
 test: $(VENV)/ready $(LOGIN_VENV)/ready lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+
+test-faults: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m faults tests/faults
 
 test-slurm: $(VENV)/ready
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -m slurm tests/slurm

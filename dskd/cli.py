@@ -128,6 +128,24 @@ def start_training(run: "RunConfig", force: bool) -> None:
 
 
 @app.command()
+def collect(
+    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.")],
+    to: Annotated[Path, typer.Option(help="Where the models and index.json go.")],
+) -> None:
+    """Gather the saved models of many runs in one place, verified, with an index; what is there is not copied again."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dskd.engine.collect import collect as collect_into
+
+    table = Table("model", "step", "dev loss", "ROUGE-L", "MB", box=None, pad_edge=False, header_style="bold")
+    for model in collect_into(run_directories, to):
+        rougel = "" if model.rougel is None else f"{model.rougel:.2f}"
+        table.add_row(model.folder, str(model.step), f"{model.dev_loss:.4f}", rougel, f"{model.size / 1e6:.1f}")
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+
+
+@app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A saved model: a folder that `dskd train` wrote, or any other.")],
     data: Annotated[Path, typer.Option(help="Records to answer, jsonl.")],

@@ -19,6 +19,7 @@ from dskd.data.batch import Batch
 from dskd.data.loader import Collator, Plan, Steps, evaluation_batches, load_steps
 from dskd.data.records import Record, read_records
 from dskd.data.tokenization import Limits, check_tokenizer
+from dskd.engine import randomness
 from dskd.engine.checkpoint import Saved, Scores, best_of, model_name
 from dskd.engine.distributed import Ranks
 from dskd.engine.keeper import Keeper, opened
@@ -307,7 +308,7 @@ def prepare(run: RunConfig, ranks: Ranks) -> Prepared:
     engine = build_engine(Distiller(student, view, method, run.engine.loss_memory_mb), method, run, config)
     check_view(view)
     engine.train()  # transformers loads models for evaluation, without dropout
-    torch.manual_seed(run.train.seed + ranks.rank)  # dropout differs between the ranks
+    randomness.seed(run.train.seed + ranks.rank)  # dropout differs between the ranks
     total_steps = plan.steps_per_epoch * run.train.epochs
     total_steps = min(total_steps, run.train.max_steps or total_steps)
     train_data = Collator(train_records, tokenizer, other_tokenizer, limits)

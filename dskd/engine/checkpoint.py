@@ -1,6 +1,5 @@
 """Saved models: complete under every ZeRO stage, loadable by transformers or PEFT, the best ones kept."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,6 @@ from torch import nn
 from dskd.engine.distributed import Ranks
 from dskd.engine.files import published
 from dskd.engine.zero import whole_state
-
-MODEL_NAME = re.compile(r"epoch\d+_step(\d+)_loss[\d.]+(_rougel[\d.]+)?")
 
 
 @dataclass(frozen=True)

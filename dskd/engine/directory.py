@@ -16,8 +16,8 @@ from dskd.config.changes import changed, harmful
 from dskd.config.errors import UserError
 from dskd.config.load import load_run, to_plain, to_yaml
 from dskd.config.run import BEST, RunConfig
-from dskd.engine.checkpoint import MODEL_NAME, Saved
-from dskd.engine.files import as_user_error, write_text
+from dskd.engine.checkpoint import Saved
+from dskd.engine.files import MODEL_NAME, as_user_error, write_text
 from dskd.engine.metrics import LOG
 
 NOT_A_RUN = {"job", "eval", ".lock"}

@@ -14,6 +14,8 @@ from typing import Any
 from dskd.config.errors import UserError
 
 MANIFEST = "MANIFEST.json"
+MODEL_NAME = re.compile(r"epoch\d+_step(\d+)_loss([\d.]+?)(?:_rougel([\d.]+))?")
+"""Name of a saved model's folder, which tells its step and scores."""
 Manifest = Mapping[str, Mapping[str, Any]]
 
 

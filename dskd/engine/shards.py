@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+NOTES = "notes"
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def own_share(piece: Piece, rank: int, world_size: int) -> Piece:
     return replace(piece, offset=piece.offset + first, start=piece.start + first, count=last - first)
 
 
-def save_pieces(engine: Any, file: Path, extra: dict[str, Tensor], notes: dict[str, str]) -> None:
-    """Write this rank's pieces, `extra` tensors and `notes` to a safetensors file."""
+def save_pieces(engine: Any, file: Path, extra: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """Write this rank's pieces, `extra` tensors and `notes` (JSON) to a safetensors file."""
     state, tensors, table = inner_optimizer(engine).state, dict(extra), {}
     for piece in pieces(engine):
         if engine.zero_optimization_stage() == 0:
@@ -92,7 +93,14 @@ def save_pieces(engine: Any, file: Path, extra: dict[str, Tensor], notes: dict[s
             if key in moments:
                 tensors[f"{key}:{piece.name}"] = piece.of(moments[key]).cpu()
         table[piece.name] = [piece.start, piece.count, int(moments.get("step", 0))]
-    save_file(tensors, file, notes | {"pieces": json.dumps(table)})
+    # Under one key, since safetensors writes several in no fixed order: equal states are equal files.
+    save_file(tensors, file, {NOTES: json.dumps(notes | {"pieces": table})})
+
+
+def read_notes(file: Any) -> dict[str, Any]:
+    """What `save_pieces` noted in an open file."""
+    notes: dict[str, Any] = json.loads(file.metadata()[NOTES])
+    return notes
 
 
 @torch.no_grad()
@@ -162,7 +170,7 @@ class PieceReader:
         self.stack = ExitStack()
         for path in self.files:
             file = self.stack.enter_context(safe_open(path, "pt"))
-            for name, (start, count, step) in json.loads(file.metadata()["pieces"]).items():
+            for name, (start, count, step) in read_notes(file)["pieces"].items():
                 self.table.setdefault(name, []).append((start, count, step, file))
         return self
 

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from dskd import __version__
@@ -29,7 +28,7 @@ from dskd.engine.delivery import Delivery
 from dskd.engine.distributed import Ranks
 from dskd.engine.files import as_user_error, damage, entry, publish, read_manifest, sync_file, write_text
 from dskd.engine.metrics import LOG
-from dskd.engine.shards import load_pieces, save_pieces
+from dskd.engine.shards import load_pieces, read_notes, save_pieces
 
 FOLDER, LATEST, STATE = "resume", "LATEST", "state.json"
 FORMAT = 1
@@ -176,7 +175,7 @@ def load(folder: Path, engine: Any, seed: int, ranks: Ranks) -> None:
     if about["world_size"] == ranks.world_size:
         with safe_open(files[ranks.rank], "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith("rng:")}  # noqa: SIM118
-            randomness.restore(tensors, file.metadata(), ranks.device)
+            randomness.restore(tensors, read_notes(file), ranks.device)
     else:
         LOG.info(f"{about['world_size']} rank(s) wrote the state, {ranks.world_size} go on: dropout is seeded anew")
-        torch.manual_seed(hash((seed, about["step"], ranks.rank)))
+        randomness.seed(abs(hash((seed, about["step"], ranks.rank))))

@@ -14,6 +14,7 @@ from typing import IO
 TAIL_LINES = 30
 UNFINISHED = 75
 """Exit code for "not finished, run me again"."""
+MOST_BYTES = 100_000
 STOP_SECONDS = 60.0
 """How long ranks may differ in the time they need to stop."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -51,15 +52,14 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
         for rank, output in enumerate(outputs):
             environment = {"OMP_NUM_THREADS": threads} | os.environ | rank_environment(rank, processes, port)
             ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-        if wait_for_all(ranks):
-            return 0
+        early = wait_for_all(ranks)
         codes = [process.poll() for process in ranks]
-        failed = first_failed(codes)
-        code = exit_code(codes)
+        failed = first_failed(early, codes)
+        code = exit_code(None if failed is None else codes[failed])
         if code == UNFINISHED:
             show_stacks(ranks, outputs)
         end(ranks)
-        if codes[failed] != UNFINISHED:
+        if failed is not None and codes[failed] != UNFINISHED:
             show_tail(failed, outputs[failed])
         return code
 
@@ -70,52 +70,51 @@ def pass_on(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
             process.send_signal(number)
 
 
-def wait_for_all(ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
-    """Wait until all ranks have ended well (True), or one has failed and the others had time to tell why."""
-    while not any(codes := [process.poll() for process in ranks]):
-        if None not in codes:
-            return True
+def wait_for_all(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Wait until all ranks have ended or one has failed; then the others get time to tell why, or to stop as well.
+
+    Returns each rank's code at the moment of the first failure.
+    """
+    while not any(codes := [process.poll() for process in ranks]) and None in codes:
         time.sleep(0.05)
     # Ranks that save their state stop together; another failure tells itself a moment later on rank 0.
     deadline = time.monotonic() + (STOP_SECONDS if UNFINISHED in codes else 0.5)
     while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
         time.sleep(0.05)
-    return False
+    return codes
 
 
-def first_failed(codes: Sequence[int | None]) -> int:
-    """The rank whose failure is told: one that a signal ended, else one that failed for a reason of its own.
+def first_failed(early: Sequence[int | None], codes: Sequence[int | None]) -> int | None:
+    """The rank whose failure is told: one that a signal ended, else the first that failed for a reason of its own.
 
     A mistake that all ranks notice, with the same code, is best told by rank 0, which writes to the terminal.
+
+    Args:
+        early, codes: each rank's code when the first one failed, and now.
     """
-    of_interest = [
-        [c for c in codes if c and c < 0],
-        [c for c in codes if c not in (None, 0, UNFINISHED)],
-        [UNFINISHED],
-    ]
-    return codes.index(next(found[0] for found in of_interest if found))
+    by_signal = [c for c in codes if c and c < 0]
+    own_reason = [c for c in (*early, *codes) if c not in (None, 0, UNFINISHED)]
+    failures = [*by_signal, *own_reason, *(c for c in codes if c)]
+    return codes.index(failures[0]) if failures else None
 
 
-def exit_code(codes: Sequence[int | None]) -> int:
-    """`UNFINISHED` where a signal ended a rank, which may go better next time; else the first failed rank's code."""
-    code = codes[first_failed(codes)]
-    assert code is not None
-    return UNFINISHED if code < 0 else code
+def exit_code(failed: int | None) -> int:
+    """Of a rank's code: `UNFINISHED` where a signal ended it, since it may go better the next time."""
+    return UNFINISHED if failed is not None and failed < 0 else failed or 0
 
 
 def show_stacks(ranks: Sequence[subprocess.Popen[bytes]], outputs: Sequence[IO[bytes] | None]) -> None:
     """Where those ranks are that still run: each shows it on SIGQUIT; rank 0 by itself, the others through us."""
-    running = [rank for rank, process in enumerate(ranks) if process.poll() is None]
-    for rank in running:
-        ranks[rank].send_signal(signal.SIGQUIT)
+    running = [(rank, outputs[rank], process) for rank, process in enumerate(ranks) if process.poll() is None]
+    before = [os.fstat(output.fileno()).st_size if output else 0 for _, output, _ in running]
+    for _, _, process in running:
+        process.send_signal(signal.SIGQUIT)
     if running:
         time.sleep(1.0)
-    for rank in running:
-        output = outputs[rank]
+    for (rank, output, _), size in zip(running, before, strict=True):
         if output is not None:
-            output.seek(0)
-            written = output.read().decode(errors="replace")
-            print(f"rank {rank} was here:", written[written.rfind("\nThread 0x") :], sep="\n", file=sys.stderr)
+            text = os.pread(output.fileno(), MOST_BYTES, size).decode(errors="replace")
+            print(f"rank {rank} was here:\n{text}", file=sys.stderr)
 
 
 def end(ranks: Sequence[subprocess.Popen[bytes]], patience: float = 5.0) -> None:

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LOGIN = ROOT / ".venv-login" / "bin" / "dskd"
 VERBS = typer.main.get_command(app).commands
 WORDS = {
-    "train": ("RUN.yaml", "KEY=VALUE", "student"),
+    "train": ("RUN.yaml", "KEY=VALUE", "student", "--force", "75"),
+    "resume": ("RUN_DIR", "KEY=VALUE", "--force"),
+    "collect": ("RUN_DIR", "--to"),
     "evaluate": ("--data", "--seeds", "--greedy", "--processes", "ROUGE-L"),
     "settings": ("prefix", "default"),
     "recipes": ("jobs",),
@@ -97,6 +99,8 @@ def test_what_does_not_fit_this_machine_is_told_before_torch_is_loaded(make_run,
     ("arguments", "expected"),
     [
         (("train", "none.yaml"), "dskd: none.yaml: cannot be read: No such file or directory"),
+        (("resume", "tests"), f"dskd: {ROOT}/tests: no run.yaml: a run directory is expected"),
+        (("collect", "tests", "--to", "/none"), f"dskd: {ROOT}/tests: no run.yaml: a run directory is expected"),
         (("settings", "trian"), "dskd: settings: no key begins with 'trian'; areas: student, data, "),
         (("recipes", "tests/golden"), "dskd: recipes: no run files (*.yaml) under tests/golden"),
         (("evaluate", "/none", "--data", "x.jsonl"), "dskd: /none: no such folder: /none"),

@@ -100,9 +100,9 @@ def test_the_run_directory_tells_what_ran(by_stage):
 
 def test_a_run_directory_is_never_overwritten(by_stage):
     before = (by_stage[0] / "metrics.jsonl").read_bytes()
-    again = dskd("train", by_stage[0] / "run.yaml", "launch.processes=1", check=False)
+    again = dskd("train", by_stage[0] / "run.yaml", "launch.processes=1", "train.lr=1", check=False)
     assert again.returncode == 2
-    assert "already holds a run" in again.stderr.splitlines()[-1]
+    assert "already holds a run with other settings (train.lr: 0.0005 -> 1" in again.stderr.splitlines()[-1]
     assert (by_stage[0] / "metrics.jsonl").read_bytes() == before
 
 

@@ -1,12 +1,12 @@
 """Runs that are interrupted at random moments, ten times each, end exactly like the run that never was."""
 
-import json
 import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from compare import figures, lines, newest_state, steps
 from starts import Start, finish
 
 from dskd.engine.files import sha256
@@ -20,25 +20,7 @@ CONFIGURATIONS = {
     "lora-zero0": ["method.kind=sft", "student.lora={rank: 4}", "engine.zero_stage=0"],
     "lora-zero3": ["method.kind=sft", "student.lora={rank: 4}", "engine.zero_stage=3"],
 }
-STEPS, PER_EPOCH = 60, 5
-MEASURED = {"seconds", "tokens_per_second"}
-"""Figures of a step that differ between any two runs."""
-
-
-def lines(directory: Path) -> list[dict[str, object]]:
-    file = directory / "metrics.jsonl"
-    written = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in written]
-
-
-def figures(directory: Path) -> list[dict[str, object]]:
-    """All lines, without what depends on the machine's speed."""
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(directory)]
-
-
-def newest_state(directory: Path) -> dict[str, object]:
-    states = directory / "resume"
-    return json.loads((states / (states / "LATEST").read_text().strip() / "state.json").read_text())
+STEPS, PER_EPOCH = 50, 5
 
 
 def sums(directory: Path) -> dict[str, str]:
@@ -54,24 +36,22 @@ def run_file(make_run, tmp_path_factory):
         train={"epochs": STEPS // PER_EPOCH, "global_batch_size": 8},
         engine={"persistence_threshold": 0},
         checkpoint={"every_steps": 2, "keep_last": 2},
-        eval={"every_epochs": 2, "generate": True, "generation": {"max_length": 40, "max_prompt_length": 32}},
+        eval={"every_epochs": 2, "generate": True, "generation": {"max_length": 36, "max_prompt_length": 32}},
     )
 
 
 def moment(start: Start, directory: Path, where: str, chance: random.Random) -> None:
     """Wait for a random moment of a kind, in this start of a run."""
-    done = len([line for line in lines(directory) if "loss" in line])
-    partial = directory / "resume"
-    steps = lambda: len([line for line in lines(directory) if "loss" in line])  # noqa: E731
+    done, states = steps(directory), directory / "resume"
     if where == "save":
-        start.until(lambda: steps() > done and any(partial.glob(".step*")))
+        start.until(lambda: steps(directory) > done and any(states.glob(".step*")))
     elif where == "evaluation":
-        start.until(lambda: steps() > done and lines(directory)[-1].get("step", 1) % (2 * PER_EPOCH) == 0)
+        start.until(lambda: steps(directory) > done and lines(directory)[-1].get("step", 1) % (2 * PER_EPOCH) == 0)
         time.sleep(chance.uniform(0, 0.2))
     elif where == "epoch":
-        start.until(lambda: steps() > done and lines(directory)[-1].get("step", 1) % PER_EPOCH == 0)
+        start.until(lambda: steps(directory) > done and lines(directory)[-1].get("step", 1) % PER_EPOCH == 0)
     else:
-        start.until(lambda: steps() >= done + chance.randint(1, 3))
+        start.until(lambda: steps(directory) >= done + chance.randint(1, 3))
         time.sleep(chance.uniform(0, 0.1))
 
 

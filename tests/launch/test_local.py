@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from dskd.launch.local import TAIL_LINES, end, exit_code, free_port, rank_environment
+from dskd.launch.local import TAIL_LINES, UNFINISHED, end, exit_code, first_failed, free_port, rank_environment
 
 DRIVER = """
 import sys
@@ -109,11 +109,31 @@ def test_a_rank_that_fails_because_another_did_does_not_hide_it(start):
     assert "the cause" in error
 
 
-@pytest.mark.parametrize(("name", "code"), [("KILL", 137), ("TERM", 143), ("SEGV", 139)])
-def test_a_rank_that_a_signal_ends_gives_the_shell_s_code(start, name, code):
+@pytest.mark.parametrize("name", ["KILL", "TERM", "SEGV"])
+def test_a_rank_that_a_signal_ends_makes_the_run_unfinished(start, name):
     done = start(f"test $RANK = 1 && kill -{name} $$\n{FOREVER}", 2)
     assert "rank 1 failed first" in done.communicate(timeout=20)[1]
-    assert done.returncode == code
+    assert done.returncode == UNFINISHED
+
+
+def test_where_one_rank_is_killed_the_others_show_their_stacks(start):
+    done = start(f"trap 'echo at line 7' QUIT\ntest $RANK = 2 && {{ sleep 0.2; kill -KILL $$; }}\n{FOREVER}", 3)
+    out, error = done.communicate(timeout=20)
+    assert out == "at line 7\n"  # rank 0 writes to the terminal itself
+    assert "rank 1 was here:\nat line 7" in error
+
+
+def test_ranks_that_stop_get_the_time_they_need(start, tmp_path):
+    done = start(f"test $RANK = 0 && exit {UNFINISHED}\nsleep 2; echo > saved; exit {UNFINISHED}", 2)
+    assert done.communicate(timeout=20) == ("", "")
+    assert done.returncode == UNFINISHED
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_rank_that_only_lost_another_does_not_hide_why(start):
+    done = start(f"test $RANK = 0 && exit {UNFINISHED}\nsleep 1; echo the cause; exit 1", 2)
+    assert "the cause" in done.communicate(timeout=20)[1]
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "USR2"])
@@ -125,11 +145,11 @@ def test_signals_are_passed_on_to_all_ranks(start, tmp_path, name):
     assert [(tmp_path / f"got{rank}").read_text() for rank in (0, 1)] == [f"{name}\n"] * 2
 
 
-def test_a_signal_that_ends_the_ranks_gives_their_code(start, tmp_path):
+def test_a_signal_that_ends_the_ranks_makes_the_run_unfinished(start, tmp_path):
     done = start(f"echo > ready$RANK\n{FOREVER}", 2)
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
     done.terminate()
-    assert done.wait(20) == 143
+    assert done.wait(20) == UNFINISHED
 
 
 def test_ranks_that_ignore_the_polite_end_are_killed():
@@ -140,9 +160,13 @@ def test_ranks_that_ignore_the_polite_end_are_killed():
     assert [rank.returncode for rank in ranks] == [-signal.SIGKILL] * 2
 
 
-@pytest.mark.parametrize(("returncode", "code"), [(0, 0), (2, 2), (255, 255), (-9, 137), (-15, 143)])
-def test_exit_codes(returncode, code):
-    assert exit_code(returncode) == code
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [([0, 0], 0), ([None, 2], 2), ([75, 1], 1), ([1, -9], 75), ([75, None], 75), ([2, 2], 2), ([0, 255], 255)],
+)
+def test_exit_codes(codes, code):
+    failed = first_failed(codes, codes)
+    assert exit_code(None if failed is None else codes[failed]) == code
 
 
 def test_a_free_port_can_be_bound_and_is_what_the_ranks_are_told():

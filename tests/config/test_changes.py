@@ -1,0 +1,56 @@
+"""Which settings may change between two starts of a run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dskd.config.changes import changed, harmful
+from dskd.config.errors import UserError
+from dskd.config.load import load_run, override, run_in, to_yaml
+
+
+@pytest.fixture
+def run(make_run, tmp_path):
+    return load_run(make_run(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "setting", ["eval.generate=true", "checkpoint.keep_last=3", "train.micro_batch_size=4", "engine.zero_stage=3"]
+)
+def test_harmless(run, setting):
+    changes = changed(run, override(run, [setting]))
+    assert list(changes) == [setting.partition("=")[0]]
+    assert harmful(changes) == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("train.seed=3", {"train.seed": "10 -> 3"}),
+        ("method.kd_rate=0.1", {"method.kd_rate": "0.5 -> 0.1"}),
+        ("engine.precision=bf16", {"engine.precision": "fp32 -> bf16"}),
+        ("student.lora.rank=4", {"student.lora": "None -> None", "student.lora.rank": "None -> 4"}),
+    ],
+)
+def test_harmful(run, setting, told):
+    found = harmful(changed(run, override(run, [setting])))
+    assert {key: found.get(key, "None -> None") for key in told} == told
+
+
+def test_where_the_output_lies_does_not_count(run):
+    assert changed(run, replace(run, output=replace(run.output, root=Path("/elsewhere")))) == {}
+
+
+def test_a_directory_tells_its_run_wherever_it_was_moved(run, tmp_path):
+    moved = tmp_path / "moved" / Path(*run.directory.parts[-3:])
+    moved.mkdir(parents=True)
+    (moved / "run.yaml").write_text(to_yaml(run))
+    assert run_in(moved).directory == moved
+    assert changed(run, run_in(moved)) == {}
+
+
+def test_a_moved_directory_keeps_the_end_of_its_path(run, tmp_path):
+    (tmp_path / "run.yaml").write_text(to_yaml(run))
+    with pytest.raises(UserError, match=r"must still end in .*/dskd_cma/default"):
+        run_in(tmp_path)

@@ -1,0 +1,71 @@
+"""One process at a time in a run directory, and none that is dead."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from dskd.config.errors import UserError
+from dskd.engine import lock
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def hold(directory, ready, end):
+    with lock.held(directory, print):
+        ready.set()
+        end.wait(60)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock."""
+    ready, end = SPAWN.Event(), SPAWN.Event()
+    process = SPAWN.Process(target=hold, args=(tmp_path, ready, end))
+    process.start()
+    assert ready.wait(60)
+    yield process
+    end.set()
+    process.join()
+
+
+def test_a_second_process_is_refused_and_told_by_whom(holder, tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} is in use by .*process {holder.pid}"), lock.held(tmp_path, print):
+        pass
+
+
+def test_a_killed_holder_holds_nothing(holder, tmp_path):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with lock.held(tmp_path, pytest.fail):
+        pass
+
+
+def test_what_is_left_does_not_count_as_a_run(tmp_path):
+    with lock.held(tmp_path, print):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == [".lock", "lock"]
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_where_locks_do_not_reach_other_machines_beats_tell(lives, tmp_path, monkeypatch):
+    """A holder on another host that did not say good-bye: refused while it beats, taken over once it does not."""
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 3.0)
+    holder = tmp_path / ".lock" / "holder"
+    holder.parent.mkdir()
+    about = {"host": "another", "pid": 1}
+    holder.write_text(json.dumps(about | {"beat": 1}))
+
+    def tell(text):
+        assert "another process 1" in text
+        if lives:
+            holder.write_text(json.dumps(about | {"beat": 2}))
+
+    if lives:
+        with pytest.raises(UserError, match="in use by another process 1"), lock.held(tmp_path, tell):
+            pass
+    else:
+        with lock.held(tmp_path, tell):
+            pass
