@@ -5,6 +5,7 @@ profile   session fixture: `profile(**keys)` writes a cluster profile over slurm
 """
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,9 +43,18 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    missing = None if os.geteuid() == 0 else "a cluster on one machine needs root"
+    reason = why_no_cluster()
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
-            if missing:
-                item.add_marker(pytest.mark.skip(reason=missing))
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def why_no_cluster() -> str | None:
+    """Why this machine can have no cluster, or None."""
+    if os.geteuid() != 0:
+        return "a cluster on one machine needs root"
+    if not all(map(shutil.which, ("slurmctld", "slurmd", "sbatch", "munged"))) and shutil.which("apt-get") is None:
+        return "Slurm is not installed, and there is no apt-get to install it"
+    return None

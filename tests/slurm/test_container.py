@@ -40,12 +40,14 @@ def docker(tmp_path_factory) -> Iterator[Path]:
 def in_docker(slurm, docker, profile):
     """A profile whose image is this machine, read-only."""
     needed = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, ROOT)]
-    folders = sorted({*needed, *(f for f in map(Path, ("/usr", "/etc", "/lib", "/lib64", "/bin")) if f.exists())})
+    system = map(Path, ("/usr", "/lib", "/lib64", "/bin", "/etc/passwd", "/etc/ld.so.cache"))
+    folders = sorted({*needed, *(folder for folder in system if folder.exists())})
+    hosts = [f"--add-host=node{k}:127.0.0.1" for k in (1, 2, 3, 4)]  # docker's own /etc/hosts hides the nodes' one
     container = {
         "runtime": "docker",
         "image": "host",
         "mounts": [f"{folder}:{folder}:ro" for folder in folders],
-        "arguments": ["--tmpfs=/tmp", "--init", "--env=PYTHONPATH", "--env=HOME=/tmp", "--read-only"],
+        "arguments": ["--tmpfs=/tmp", "--init", "--env=PYTHONPATH", "--env=HOME=/tmp", "--read-only", *hosts],
         "command": [sys.executable, "-m", "dskd"],
     }
     return profile(container=container, gpus_per_node=0)
