@@ -5,6 +5,7 @@ run in the batch script and not in a rank, so that the decision is made once, wh
 """
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -59,7 +60,10 @@ def finish(record: Record, code: int) -> int:
         if problem is not None:
             return fail(record, start, problem)
         record.end_start(start.number, "again", reason)
-        slurm.patiently(lambda: slurm.run("scontrol", "requeue", slurm_id()))
+        try:
+            slurm.patiently(lambda: slurm.run("scontrol", "requeue", slurm_id()))
+        except subprocess.CalledProcessError as error:
+            return fail(record, start, f"{reason}; requeue refused: {slurm.one_line(error.stderr)}")
         time.sleep(600)  # until Slurm ends this script
     if code:
         return fail(record, start, why, code)
