@@ -3,6 +3,7 @@
 # make test-faults  runs that are interrupted, on broken disks and with dead ranks; some minutes
 # make image        the Docker image
 # make test-image   builds it on a local base, and runs, stops and resumes it; needs root on Debian or Ubuntu
+# make test-slurm   tests on a real Slurm cluster on this machine; needs root on Debian or Ubuntu
 # make bench        losses, a step, alignments and saving against their dense or plain forms; half an hour
 # All set up what they need in .venv on their first run; make image needs docker alone.
 
@@ -14,7 +15,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DOCKER ?= docker
 PIP_INSTALL = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt
 
-.PHONY: quickstart test test-faults bench lint setup image test-image clean
+.PHONY: quickstart test test-faults test-slurm bench lint setup image test-image clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -30,6 +31,9 @@ test-faults: $(VENV)/ready
 
 bench: $(VENV)/ready
 	PYTHONPATH=tests $(VENV)/bin/python -m bench
+
+test-slurm: $(VENV)/ready
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -m slurm tests/slurm
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .

@@ -87,10 +87,17 @@ def resume(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, as it wrote it.")],
     overrides: Overrides = None,
     force: Force = False,
+    here: Annotated[
+        bool, typer.Option("--here", help="On this machine, even where the run was submitted to a cluster.")
+    ] = False,
 ) -> None:
-    """Go on with a run that was stopped, from its directory alone."""
+    """Go on with a run that was stopped, from its directory alone: here, or on the cluster that it was submitted to."""
     from dskd.config.load import override, run_in
 
+    if not here and "RANK" not in os.environ and (run_directory / "job" / "job.json").is_file():
+        from dskd.launch.verbs import resubmit
+
+        return resubmit(run_directory, overrides or [], force)
     start_training(override(run_in(run_directory), overrides or []), force)
 
 
@@ -184,6 +191,83 @@ def evaluate(
     distributed.stop()
 
 
+RunDirectories = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[RUN_DIR]...", help="Run directories; empty: all submitted ones under outputs/."),
+]
+Cluster = Annotated[
+    str, typer.Option(help="Cluster profile: the name of a file in slurm/clusters, or the path of a YAML file.")
+]
+
+
+@app.command()
+def submit(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN.yaml... [KEY=VALUE]...", help="Run files, and settings over theirs.")
+    ],
+    cluster: Cluster,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Of several runs, at most so many at a time; empty: no limit.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
+    ] = False,
+) -> None:
+    """Submit runs to a Slurm cluster; several make one job array.
+
+    A run is started again by itself after a preemption, a lost node or the time limit. Submitting a run that stopped
+    before its end continues it.
+    """
+    from dskd.launch.verbs import submit_runs
+
+    submit_runs(runs, cluster, parallel, dry_run)
+
+
+@app.command()
+def status(directories: RunDirectories = None) -> None:
+    """Show state, progress and restarts of submitted runs."""
+    from dskd.launch.verbs import show_status
+
+    show_status(directories)
+
+
+@app.command()
+def logs(
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    rank: Annotated[int, typer.Option(min=0, help="Whose output.")] = 0,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+) -> None:
+    """Print what a rank of a submitted run wrote, over all of its starts."""
+    from dskd.launch.status import print_logs
+
+    print_logs(directory, rank, follow)
+
+
+@app.command()
+def cancel(
+    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
+    now: Annotated[bool, typer.Option("--now", help="At once, without saving a state first.")] = False,
+) -> None:
+    """Stop submitted runs after they have saved their state; `dskd resume` continues them."""
+    from dskd.launch.verbs import cancel_runs
+
+    cancel_runs(directories, now)
+
+
+@app.command()
+def pipeline(
+    file: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="Stages that train and evaluate.")],
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster profile: a name in slurm/clusters, or a YAML file.")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="Run the stages here, without Slurm.")] = False,
+) -> None:
+    """Run a graph of trainings and evaluations, each after those it needs; what is complete already is skipped."""
+    from dskd.launch.verbs import run_pipeline
+
+    raise SystemExit(run_pipeline(file, cluster, local))
+
+
 @app.command()
 def align(
     teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A model's folder, or any with its tokenizer.")],
@@ -209,16 +293,22 @@ def align(
 @app.command()
 def settings(
     prefix: Annotated[str, typer.Argument(help="Show keys that begin with this, such as train or engine.")] = "",
+    cluster: Annotated[bool, typer.Option("--cluster", help="Those of a cluster profile instead.")] = False,
 ) -> None:
-    """List every key of a run file with its type, default and help."""
+    """List every key of a run file, or of a cluster profile, with its type, default and help."""
     from rich.console import Console
     from rich.table import Table
 
     from dskd.config import describe
+    from dskd.config.cluster import ClusterConfig
+    from dskd.config.run import RunConfig
 
-    found = describe.settings(prefix)
+    kind = ClusterConfig if cluster else RunConfig
+    found = describe.settings(prefix, kind)
     if not found:
-        areas = ", ".join(dict.fromkeys(s.key.partition(".")[0].partition("(")[0] for s in describe.settings()))
+        areas = ", ".join(
+            dict.fromkeys(s.key.partition(".")[0].partition("(")[0] for s in describe.settings(kind=kind))
+        )
         raise UserError(f"settings: no key begins with {prefix!r}; areas: {areas}")
     table = Table("key", "type", "default", "help", box=None, pad_edge=False, header_style="bold")
     for setting in found:

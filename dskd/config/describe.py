@@ -23,9 +23,9 @@ class Setting:
     help: str
 
 
-def settings(prefix: str = "") -> list[Setting]:
-    """All settings whose key starts with `prefix`, in the order of the run file."""
-    return [setting for setting in walk(RunConfig) if setting.key.startswith(prefix)]
+def settings(prefix: str = "", kind: type = RunConfig) -> list[Setting]:
+    """All settings of a run file, or of another `kind` of file, whose key starts with `prefix`, in their order."""
+    return [setting for setting in walk(kind) if setting.key.startswith(prefix)]
 
 
 def walk(kind: type, path: str = "") -> Iterator[Setting]:
@@ -44,10 +44,10 @@ def walk(kind: type, path: str = "") -> Iterator[Setting]:
 
 
 def default_of(field: Any) -> str:
-    if field.default is MISSING:
+    if field.default is MISSING and field.default_factory is MISSING:
         return "required"
-    value = to_plain(field.default)
-    if value is None or value == "":
+    value = to_plain(field.default if field.default is not MISSING else field.default_factory())
+    if value is None or value in ("", {}):
         return "empty"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -80,5 +80,7 @@ def type_name(kind: Any) -> str:
         return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"list of {type_name(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return f"{type_name(get_args(kind)[1])} by name"
     names = {bool: "true | false", int: "whole number", float: "number", str: "text", Path: "path"}
     return names.get(kind, getattr(kind, "__name__", str(kind)))

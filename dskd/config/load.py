@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from cattrs import Converter
 from cattrs.errors import (
@@ -23,10 +23,16 @@ from dskd.config.methods import MethodConfig
 from dskd.config.run import RunConfig
 
 COMMAND_LINE = "command line"
+T = TypeVar("T")
 
 
 def load_run(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file, what it extends, and the overrides of the command line.
+    """Read a run file, what it extends, and the overrides of the command line; `load` says what is raised."""
+    return load(file, RunConfig, overrides)
+
+
+def load(file: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
+    """Read a file of settings into the dataclass `kind`: a run file, a cluster profile.
 
     Raises:
         UserError: for anything wrong, in one line: file, key, what is allowed, nearest name.
@@ -35,7 +41,7 @@ def load_run(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         key, value = parse_override(override)
         merge(values, nest(key, value), COMMAND_LINE, origins)
-    return structure(values, origins, str(file))
+    return structure(values, origins, str(file), kind)
 
 
 def run_in(directory: Path) -> RunConfig:
@@ -59,7 +65,7 @@ def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
     for text in overrides:
         key, value = parse_override(text)
         merge(values, nest(key, value), COMMAND_LINE, origins)
-    return structure(values, origins, "run.yaml")
+    return structure(values, origins, "run.yaml", RunConfig)
 
 
 def read_layers(file: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -130,11 +136,10 @@ def merge(
             base[key] = value
 
 
-def structure(values: dict[str, Any], origins: Mapping[str, str], file: str) -> RunConfig:
-    """Nested values -> RunConfig. `origins` names the file of each dotted key, `file` the one for keys of no file."""
+def structure(values: dict[str, Any], origins: Mapping[str, str], file: str, kind: type[T]) -> T:
+    """Nested values -> `kind`. `origins` names the file of each dotted key, `file` the one for keys of no file."""
     try:
-        run: RunConfig = converter().structure(values, RunConfig)
-        return run
+        return converter().structure(values, kind)
     except (BaseValidationError, UserError) as error:
         key, problem = next(problems(error))
         full = [key[:end] for end in range(len(key), 0, -1)]
@@ -257,14 +262,14 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def to_yaml(run: RunConfig) -> str:
-    """The resolved run file."""
+def to_yaml(settings: object) -> str:
+    """Resolved settings, a run file or a cluster profile, as YAML."""
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = False  # escapes: some line breaks of Unicode would not come back as they went
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(to_plain(run), text)
+    yaml.dump(to_plain(settings), text)
     return text.getvalue()
 
 

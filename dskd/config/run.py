@@ -1,5 +1,6 @@
 """The whole run file, and the checks that look at more than one area."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from dskd.config.launch import LaunchConfig
 from dskd.config.methods import MethodConfig
 from dskd.config.models import StudentConfig, TeacherConfig
 from dskd.config.training import CheckpointConfig, EvalConfig, TrainConfig
+
+BEST = "best"
+"""In a run directory, the link to its best model."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ class RunConfig:
     @property
     def directory(self) -> Path:
         """The run directory."""
-        return self.output.root / self.student.path.name / self.method.kind / self.output.name
+        path = self.student.path
+        # ROOT/STUDENT/METHOD/NAME/best is still that student.
+        student = path.parents[2].name if path.name == BEST and len(path.parents) > 3 else path.name
+        return self.output.root / student / self.method.kind / self.output.name
 
 
 def accumulation_steps(run: RunConfig, world_size: int) -> int:
@@ -87,13 +94,15 @@ def accumulation_steps(run: RunConfig, world_size: int) -> int:
     return run.train.global_batch_size // per_pass
 
 
-def check_paths(run: RunConfig) -> None:
-    """Raise `UserError` for the first file or folder of the run that is missing."""
+def check_paths(run: RunConfig, coming: Collection[Path] = ()) -> None:
+    """Raise `UserError` for the first file or folder of the run that is missing; models in `coming` may be."""
     for key, file in (("data.train", run.data.train), ("data.dev", run.data.dev)):
         require(file.is_file(), key, f"no such file: {file}")
-    check_model_folder("student.path", run.student.path)
+    if run.student.path not in coming:
+        check_model_folder("student.path", run.student.path)
     if run.teacher is not None and run.method.teacher != "none":
-        check_model_folder("teacher.path", run.teacher.path)
+        if run.teacher.path not in coming:
+            check_model_folder("teacher.path", run.teacher.path)
         if run.teacher.adapter is not None:
             adapter = run.teacher.adapter / "adapter_config.json"
             require(adapter.is_file(), "teacher.adapter", f"no LoRA adapter (adapter_config.json) in {adapter.parent}")

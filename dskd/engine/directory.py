@@ -15,12 +15,12 @@ from dskd import __version__
 from dskd.config.changes import changed, harmful
 from dskd.config.errors import UserError
 from dskd.config.load import load_run, to_plain, to_yaml
-from dskd.config.run import RunConfig
+from dskd.config.run import BEST, RunConfig
 from dskd.engine.checkpoint import Saved
 from dskd.engine.files import MODEL_NAME, as_user_error, write_text
 from dskd.engine.metrics import LOG
 
-NOT_A_RUN = {"job", ".lock"}
+NOT_A_RUN = {"job", "eval", ".lock"}
 """What may be in the directory of a run that has not begun."""
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors")
 
@@ -64,7 +64,12 @@ def clean(directory: Path) -> None:
 
 
 def keep_models(directory: Path, kept: tuple[Saved, ...]) -> None:
-    """Delete the saved models that are not among `kept`."""
+    """Delete the saved models that are not among `kept`, best first; `best` links to the first one."""
+    if kept:
+        link = directory / f".{BEST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(kept[0].folder.name)
+        link.replace(directory / BEST)
     names = {saved.folder.name for saved in kept}
     for folder in directory.glob("epoch*_step*"):
         if MODEL_NAME.fullmatch(folder.name) and folder.name not in names:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dskd.config.errors import UserError
 from dskd.config.load import load_run, merge, nest, parse_override, parse_seeds, read_layers, structure, to_yaml
 from dskd.config.methods import DskdCmaConfig, KdConfig, SftConfig
+from dskd.config.run import RunConfig
 
 BASE = """\
 student: {path: /m/student}
@@ -171,7 +172,7 @@ def test_a_run_survives_yaml(tmp_path_factory, values):
     layers, origins = read_layers(file)
     for key, value in values.items():
         merge(layers, nest(key, value), "test", origins)
-    run = structure(layers, origins, "test")
+    run = structure(layers, origins, "test", RunConfig)
     file.write_text(to_yaml(run), encoding="utf-8")
     assert load_run(file) == run
 

@@ -1,0 +1,93 @@
+"""A cluster profile: what a Slurm cluster wants to be told. Strict and typed like a run file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dskd.config.errors import require
+
+
+@dataclass(frozen=True)
+class ContainerConfig:
+    runtime: Literal["none", "docker", "podman", "apptainer", "pyxis"] = "none"
+    """What starts the training on a node: none runs it from the Python environment, the others in an image."""
+    image: str = ""
+    """Image: a name for docker and podman, a .sif file for apptainer, a .sqsh file or registry#name for pyxis."""
+    mounts: tuple[str, ...] = ()
+    """Folders to mount beside those of the run file, each /path (the same inside) or /host:/inside[:ro]."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of the container runtime, such as --shm-size=16g."""
+    command: tuple[str, ...] = ()
+    """Command in the image that takes dskd's verbs; empty: its entry point for docker and podman, else dskd."""
+
+    def __post_init__(self) -> None:
+        if self.runtime == "none":
+            for key in ("image", "mounts", "arguments", "command"):
+                require(not getattr(self, key), key, "has no effect with runtime none")
+            return
+        require(bool(self.image), "image", f"is missing; runtime {self.runtime} needs one")
+        for mount in self.mounts:
+            parts = mount.split(":")
+            valid = len(parts) <= 3 and all(part.startswith("/") for part in parts[:2]) and parts[2:] in ([], ["ro"])
+            require(valid, "mounts", f"/path or /host:/inside[:ro] is expected, got {mount!r}")
+        if self.image_file is not None:
+            require(self.image_file.is_absolute(), "image", f"an absolute path is expected, got {self.image!r}")
+
+    @property
+    def image_file(self) -> Path | None:
+        """The file that the image is, where it is one."""
+        return Path(self.image) if self.image.endswith((".sif", ".sqsh")) else None
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    description: str = ""
+    """One line for whoever chooses a profile."""
+    partition: str | None = None
+    """Partition (queue); empty takes the cluster's default."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that the nodes must have, such as a100."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """Further options of sbatch without their dashes, such as {reservation: course, mail-type: FAIL}."""
+    gpus_per_node: int = 0
+    """GPUs that a node has; a run gets as many as it has processes on the node."""
+    cpus_per_node: int = 1
+    """CPU cores that a node has; a run gets its share of them by GPUs."""
+    memory_gb: int | None = None
+    """Memory in GB of a node that a run gets; empty takes the cluster's default."""
+    hours: float = 24.0
+    """Time limit of each start of a run; a run that needs longer is requeued until it is finished."""
+    signal_seconds: int = 300
+    """How long before the time limit a run is told to save its state; more than one step and one save take."""
+    max_requeues: int = 50
+    """How often a run is started again at most."""
+    shared: tuple[Path, ...] = ()
+    """Folders on storage that all nodes and the login node share; where given, all paths of a run must lie in them."""
+    scratch: Path | None = None
+    """Folder on a node's own fast disk; runs save their states there first (checkpoint.scratch_dir)."""
+    modules: tuple[str, ...] = ()
+    """Environment modules to load on the nodes."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the run, such as {NCCL_SOCKET_IFNAME: ib0}."""
+    python: Path | None = None
+    """Python on the nodes that has torch and dskd, with runtime none; empty takes the one that submits."""
+    container: ContainerConfig = ContainerConfig()
+    """Container runtime and image."""
+
+    def __post_init__(self) -> None:
+        for key in ("gpus_per_node", "max_requeues"):
+            require(getattr(self, key) >= 0, key, f"must not be negative, got {getattr(self, key)}")
+        for key in ("cpus_per_node", "hours", "signal_seconds"):
+            require(getattr(self, key) > 0, key, f"must be above 0, got {getattr(self, key)}")
+        require(self.memory_gb is None or self.memory_gb > 0, "memory_gb", f"must be above 0, got {self.memory_gb}")
+        for name in self.sbatch:
+            require(name == name.strip("-"), "sbatch", f"names stand without dashes, got {name!r}")
+        require(
+            self.python is None or self.container.runtime == "none",
+            "python",
+            f"has no effect with container runtime {self.container.runtime}, whose image has its own",
+        )

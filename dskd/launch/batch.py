@@ -1,0 +1,112 @@
+"""What the batch script runs before and after the ranks: python -m dskd.launch.batch begin|finish FOLDER [CODE].
+
+`begin` writes the start down, or refuses it. `finish` writes its end down and requeues the job where that helps. Both
+run in the batch script and not in a rank, so that the decision is made once, whichever rank or node is gone.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dskd.config.errors import UserError
+from dskd.launch import slurm
+from dskd.launch.record import Job, Record, Start
+from dskd.launch.task import ASKED
+
+SLURM_SIGNALS_EARLY = 90.0
+"""Seconds that the signal before the time limit may come earlier than asked for."""
+
+
+def main() -> None:
+    verb, folder = sys.argv[1], Path(sys.argv[2])
+    try:
+        record = Record(run_directory(folder))
+        sys.exit(begin(record) if verb == "begin" else finish(record, int(sys.argv[3])))
+    except UserError as error:
+        print(f"dskd: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_directory(folder: Path) -> Path:
+    """The run directory of this job, or of this element of an array."""
+    return Path((folder / "runs.txt").read_text().splitlines()[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))])
+
+
+def begin(record: Record) -> int:
+    """Write a start down; its number goes to stdout, for the ranks."""
+    job = submitted(record)
+    record.clear_ending()
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    start = record.add_start(slurm_id(), os.environ["SLURM_JOB_NODELIST"], record.state_step())
+    if restarts > job.max_requeues:
+        return fail(record, start, f"started again {job.max_requeues} times (max_requeues of the cluster profile)")
+    print(start.number)
+    return 0
+
+
+def finish(record: Record, code: int) -> int:
+    """Write the end of a start down, requeue the job where it helps; the batch script's exit code."""
+    job, start = submitted(record), record.starts()[-1]
+    if record.cancel.exists():
+        record.end_start(start.number, "cancelled", f"cancelled; state at step {record.state_step()}")
+        slurm.patiently(lambda: slurm.run("scancel", slurm_id()))
+        return code
+    again, why = record.ending() or (False, f"srun ended with {code}")
+    if again:
+        reason = why_stopped(why, job, time.time() - start.time)
+        problem = why_not_again(record, job, start, reason)
+        if problem is not None:
+            return fail(record, start, problem)
+        record.end_start(start.number, "again", reason)
+        try:
+            slurm.patiently(lambda: slurm.run("scontrol", "requeue", slurm_id()))
+        except subprocess.CalledProcessError as error:
+            return fail(record, start, f"{reason}; requeue refused: {slurm.one_line(error.stderr)}")
+        time.sleep(600)  # until Slurm ends this script
+    if code:
+        return fail(record, start, why, code)
+    record.end_start(start.number, "finished", "")
+    return 0
+
+
+def why_stopped(why: str, job: Job, seconds: float) -> str:
+    """A job that was asked to stop early was preempted; one that was asked when its time was up, was not."""
+    if why != ASKED:
+        return why
+    in_time = seconds < job.minutes * 60 - job.signal_seconds - SLURM_SIGNALS_EARLY
+    return "preempted" if in_time else "time limit"
+
+
+def why_not_again(record: Record, job: Job, start: Start, reason: str) -> str | None:
+    """Why another start would be a waste; None where it makes sense. Preemption is no fault of the run."""
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= job.max_requeues:
+        return f"{reason}; started again {job.max_requeues} times already (max_requeues of the cluster profile)"
+    if reason != "preempted" and record.state_step() <= start.step:
+        hint = "; a longer launch.hours may help" if reason == "time limit" else ""
+        return f"{reason}; no progress since the start at step {start.step}, so it is not started again{hint}"
+    return None
+
+
+def fail(record: Record, start: Start, reason: str, code: int = 1) -> int:
+    record.end_start(start.number, "failed", reason)
+    print(f"dskd: {reason}", file=sys.stderr)
+    return code
+
+
+def submitted(record: Record) -> Job:
+    job = record.read_job()
+    if job is None:
+        raise UserError(f"{record.folder}: no job.json: was the run directory deleted after it was submitted?")
+    return job
+
+
+def slurm_id() -> str:
+    """The id that names this job to Slurm, 12 or 12_3."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What a submitted run is doing, and what it wrote: read from its run directory and one call of Slurm for all."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dskd.config.errors import UserError
+from dskd.launch import slurm
+from dskd.launch.record import Job, Record, Start
+
+TAIL_BYTES = 1 << 16
+RECENT_STEPS = 20
+"""Steps over which speed is averaged."""
+ENDED = ("finished", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Status:
+    directory: Path
+    job: str
+    state: str
+    """One word: pending, running, again, finished, failed, cancelled, or gone where nobody knows more."""
+    note: str
+    """Why: the queue's reason, or how the run ended."""
+    nodes: str
+    step: int
+    total_steps: int | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    restarts: tuple[str, ...]
+    """Why the run was started again, in order."""
+    state_step: int
+    """Step of the last complete state."""
+
+
+def submitted_under(root: Path) -> list[Path]:
+    """Run directories under `root` that were submitted."""
+    return sorted(file.parent.parent for file in root.rglob("job/job.json"))
+
+
+def statuses(directories: Sequence[Path]) -> list[Status]:
+    """The state of each run. Raises `UserError` for a directory that was never submitted."""
+    records = [Record(directory.absolute()) for directory in directories]
+    jobs = [require_job(record) for record in records]
+    starts = [record.starts() for record in records]
+    open_ids = [
+        job.id for job, begun in zip(jobs, starts, strict=True) if job.id is not None and not is_over(job, begun)
+    ]
+    queued = slurm.queue(open_ids) if open_ids else {}
+    gone = [job for job in open_ids if job not in queued]
+    ended = slurm.ended(gone) if gone else {}
+    return [
+        status_of(record, job, begun, queued, ended) for record, job, begun in zip(records, jobs, starts, strict=True)
+    ]
+
+
+def require_job(record: Record) -> Job:
+    job = record.read_job()
+    if job is None:
+        raise UserError(f"{record.directory}: not a submitted run (no job/job.json in it)")
+    return job
+
+
+def is_over(job: Job, starts: Sequence[Start]) -> bool:
+    """Whether the run itself wrote down how this submission ended."""
+    return bool(starts) and starts[-1].job == job.id and starts[-1].outcome in ENDED
+
+
+def status_of(
+    record: Record,
+    job: Job,
+    starts: Sequence[Start],
+    queued: dict[str, slurm.QueueEntry],
+    ended: dict[str, slurm.QueueEntry],
+) -> Status:
+    """One run's state, from what it wrote and what Slurm says."""
+    own = [start for start in starts if start.job == job.id]
+    entry = queued.get(job.id or "")
+    state: str
+    if is_over(job, starts):
+        state, note, nodes = starts[-1].outcome, starts[-1].reason, starts[-1].nodes
+    elif entry is not None:
+        state = "running" if entry.state in ("RUNNING", "COMPLETING") else entry.state.lower()
+        note, nodes = ("" if state == "running" or entry.reason == "None" else entry.reason), entry.nodes
+    else:
+        state, note, nodes = after_the_queue(record, job, own, ended.get(job.id or ""))
+    figures = training_steps(record.directory / "metrics.jsonl")
+    step = int(figures[-1]["step"]) if figures else record.state_step()
+    total, recent = total_steps(record.directory / "train.log"), figures[-RECENT_STEPS:]
+    speed = sum(f["tokens_per_second"] for f in recent) / len(recent) if recent else None
+    seconds = sum(f["seconds"] for f in recent) / len(recent) * (total - step) if recent and total else None
+    return Status(
+        directory=record.directory,
+        job=job.id or "",
+        state=state,
+        note=note,
+        nodes=nodes,
+        step=step,
+        total_steps=total,
+        tokens_per_second=speed,
+        seconds_left=seconds if state == "running" else None,
+        restarts=tuple(start.reason for start in starts if start.outcome in ("again", "lost")),
+        state_step=record.state_step(),
+    )
+
+
+def after_the_queue(
+    record: Record, job: Job, own: Sequence[Start], entry: slurm.QueueEntry | None
+) -> tuple[str, str, str]:
+    """(state, note, nodes) of a job that left the queue without writing down how it ended."""
+    if entry is None:
+        known = f"; last known: started on {own[-1].nodes}" if own else ""
+        return "gone", f"job {job.id} is neither in the queue nor in the accounting{known}", ""
+    word, state = entry.state, "cancelled" if entry.state.startswith("CANCELLED") else "failed"
+    if not own and state == "failed":
+        note = f"{word} before its first line on {entry.nodes}: is {record.directory} on storage that the nodes share?"
+        return state, first_words(record) or note, entry.nodes
+    if not own:
+        return state, f"{word}: {entry.reason}", entry.nodes
+    hint = "" if word != "TIMEOUT" else "; it did not stop in time: a longer signal_seconds may help"
+    return state, f"{word}{hint}; state at step {record.state_step()}", entry.nodes
+
+
+def first_words(record: Record) -> str | None:
+    """dskd's own words in the batch script's log."""
+    logs = sorted((record.folder / "submitit").glob("*_0_log.err"), key=lambda file: file.stat().st_mtime)
+    lines = logs[-1].read_text(errors="replace").splitlines() if logs else []
+    return next((line.removeprefix("dskd: ") for line in reversed(lines) if line.startswith("dskd: ")), None)
+
+
+def training_steps(file: Path) -> list[dict[str, Any]]:
+    """The last training steps of metrics.jsonl."""
+    found = []
+    for line in tail(file).splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # cut at the beginning, or being written
+        if isinstance(values, dict) and "tokens_per_second" in values:
+            found.append(values)
+    return found
+
+
+def total_steps(log: Path) -> int | None:
+    """Steps of the whole run, from what it announced in its log."""
+    try:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            found = [match for line in lines if (match := re.search(r" (\d+) steps of \d+,", line))]
+    except FileNotFoundError:
+        return None
+    return int(found[-1][1]) if found else None
+
+
+def tail(file: Path) -> str:
+    try:
+        with file.open("rb") as data:
+            data.seek(max(0, file.stat().st_size - TAIL_BYTES))
+            return data.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def print_logs(directory: Path, rank: int, follow: bool, pause: float = 0.5) -> None:
+    """Print what one rank wrote, start after start; with `follow` until the run has ended."""
+    record = Record(directory.absolute())
+    job = require_job(record)
+    ranks = job.nodes * job.tasks_per_node
+    if rank >= ranks:
+        raise UserError(f"--rank: {directory} has ranks 0 to {ranks - 1}, got {rank}")
+    shown: dict[Path, int] = {}
+    while True:
+        (current,) = statuses([directory]) if follow else (None,)
+        for file in record.logs(rank):
+            with file.open("rb") as data:
+                data.seek(shown.get(file, 0))
+                text = data.read()
+                shown[file] = data.tell()
+            sys.stdout.buffer.write(text)
+        sys.stdout.flush()
+        if current is None or current.state in (*ENDED, "gone"):
+            break
+        time.sleep(pause)
+    if not shown:
+        raise UserError(f"{directory}: rank {rank} has written nothing yet; `dskd status {directory}` says why")

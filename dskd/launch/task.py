@@ -1,0 +1,116 @@
+"""One Slurm task: starts its rank as a child process, passes signals on to it, and says how it ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit import JobEnvironment
+
+from dskd.launch.record import Record
+
+AGAIN = 75
+"""Exit code of a rank that is not finished and wants to be started again."""
+MISTAKE = 2
+ASKED = "asked to stop"
+PATIENCE = 20.0
+"""Seconds that the other ranks get to end by themselves, after one has failed."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+PORTS = range(20000, 32000)
+"""Below the ports that systems give to outgoing connections."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What submitit pickles: nothing that can go stale."""
+
+    directory: Path
+    command: tuple[str, ...]
+
+    def __call__(self) -> None:
+        sys.exit(run_task(self.directory, self.command))
+
+
+def run_task(directory: Path, command: tuple[str, ...]) -> int:
+    """Run the child to its end; the exit code for Slurm.
+
+    0 stands for a rank that is finished as well as for one that wants to be started again, which is told by a file:
+    any other code makes Slurm kill the other ranks, which may still be saving.
+    """
+    record, environment = Record(directory), JobEnvironment()
+    rank, start = environment.global_rank, int(os.environ["DSKD_START"])
+    log = record.log(start, rank)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    received: list[int] = []
+    with log.open("ab") as out:
+        if record.cancel.exists():
+            return 0
+        # submitit's own handlers act on rank 0 alone, and never let a rank save together with the others.
+        child: list[subprocess.Popen[bytes]] = []
+        for number in SIGNALS:
+            signal.signal(number, lambda n, _: _pass_on(n, received, child))
+        variables = os.environ | rank_variables(environment)
+        child.append(subprocess.Popen(command, env=variables, stdout=out, stderr=out, stdin=subprocess.DEVNULL))
+        if received:
+            _pass_on(received[0], received, child)
+        code = child[0].wait()
+    if code == 0:
+        return 0
+    reason = again_reason(code, bool(received))
+    told = f"rank {rank} on {environment.hostname}: {reason or describe_failure(code, log)}"
+    record.mark_ending(reason is not None, ASKED if reason == ASKED else told)
+    if code == AGAIN:
+        return 0
+    if code != MISTAKE:  # a mistake is noticed by all ranks at once
+        time.sleep(PATIENCE)
+    return code if code > 0 else 128 - code
+
+
+def again_reason(code: int, asked: bool) -> str | None:
+    """Why a run should be started again after a child ended with `code`; None where that would not help.
+
+    A rank that a signal killed before it could handle it has nothing to save: it stopped as it was asked to.
+    """
+    ended_by = -code if code < 0 else code - 128 if code > 128 else 0
+    if asked and (code == AGAIN or ended_by in SIGNALS):
+        return ASKED
+    if code == AGAIN:
+        return "a rank died or stalled, or asked to be started again"
+    if ended_by:
+        return f"ended by signal {ended_by}"
+    return None
+
+
+def describe_failure(code: int, log: Path) -> str:
+    """Exit code and the last line that the child wrote."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f"exit code {code}" + (f", {said[:300]}" if said else "")
+
+
+def rank_variables(environment: JobEnvironment) -> dict[str, str]:
+    """What torch.distributed reads, from Slurm's environment. The port is the job's own."""
+    local = environment.num_tasks // environment.num_nodes
+    return {
+        "RANK": str(environment.global_rank),
+        "LOCAL_RANK": str(environment.local_rank),
+        "WORLD_SIZE": str(environment.num_tasks),
+        "LOCAL_WORLD_SIZE": str(local),
+        "MASTER_ADDR": environment.hostnames[0],
+        "MASTER_PORT": str(port_of(int(environment.raw_job_id))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK", "1"),
+    }
+
+
+def port_of(job: int) -> int:
+    """Jobs whose ids lie close together, which run at the same time, never share a port."""
+    return PORTS[job % len(PORTS)]
+
+
+def _pass_on(number: int, received: list[int], child: list[subprocess.Popen[bytes]]) -> None:
+    received.append(number)
+    if child and child[0].poll() is None:
+        child[0].send_signal(number)

@@ -1,0 +1,125 @@
+"""The verbs of the launcher: what they read from the command line and print."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from dskd.config.cluster import ClusterConfig
+from dskd.config.errors import UserError
+from dskd.config.load import load, load_run, override, run_in
+from dskd.launch import slurm
+from dskd.launch.clusters import find_cluster
+from dskd.launch.pipeline import read_pipeline, run_here, submit_pipeline
+from dskd.launch.record import Record
+from dskd.launch.request import Request, train_request
+from dskd.launch.status import Status, require_job, statuses, submitted_under
+from dskd.launch.submit import batch_executor, job_folder, submit
+
+
+def submit_runs(arguments: Sequence[str], cluster_name: str, parallel: int | None, dry_run: bool) -> None:
+    """`dskd submit`: one run file, or several as an array."""
+    files = [a for a in arguments if a.endswith((".yaml", ".yml"))]
+    overrides = [a for a in arguments if a not in files]
+    if not files:
+        raise UserError("submit: a run file (RUN.yaml) is expected")
+    name, cluster = find_cluster(cluster_name)
+    requests = [train_request(load_run(Path(file), overrides), cluster) for file in files]
+    refuse_twins(requests)
+    if dry_run:
+        executor = batch_executor(requests, cluster, job_folder(requests), parallel, ())
+        for request in requests:
+            print(f"# {request.directory}: each rank runs\n{shlex.join(request.command)}")
+        print(f"# submitted with sbatch:\n{executor.script(len(requests))}")
+        return
+    for request, job in zip(requests, submit(requests, name, cluster, parallel), strict=True):
+        print(f"job {job}: {request.directory}")
+
+
+def resubmit(directory: Path, overrides: Sequence[str], force: bool) -> None:
+    """`dskd resume` of a submitted run: the same job again, on the same cluster."""
+    record = Record(directory.absolute())
+    job = require_job(record)
+    started = (record.directory / "run.yaml").is_file()
+    run = override(run_in(directory) if started else load_run(record.folder / "run.yaml"), overrides)
+    if record.is_complete() and not overrides:
+        raise UserError(f"{directory}: this run is finished already")
+    cluster = load(record.folder / "cluster.yaml", ClusterConfig)
+    request = train_request(run, cluster)
+    if force:
+        request = replace(request, command=(*request.command, "--force"))
+    (id_,) = submit([request], job.cluster, cluster)
+    print(f"job {id_}: {record.directory}")
+
+
+def run_pipeline(file: Path, cluster_name: str | None, local: bool) -> int:
+    """`dskd pipeline`; the exit code."""
+    if local == (cluster_name is not None):
+        raise UserError("pipeline: either --cluster NAME or --local is expected")
+    name, cluster = find_cluster(cluster_name) if cluster_name else ("", ClusterConfig(cpus_per_node=1))
+    stages = read_pipeline(file, cluster)
+    if local:
+        return run_here(stages)
+    for stage, what in submit_pipeline(stages, name, cluster):
+        print(f"{stage.name}: {what}")
+        for request in stage.requests:
+            print(f"  {shown_path(request.directory)}")
+    return 0
+
+
+def refuse_twins(requests: Sequence[Request]) -> None:
+    seen: set[Path] = set()
+    for request in requests:
+        if request.directory in seen:
+            raise UserError(f"output.name: two of the runs would write to {request.directory}; give each its own")
+        seen.add(request.directory)
+
+
+def show_status(directories: Sequence[Path] | None) -> None:
+    """`dskd status`: one block a run."""
+    found = list(directories or submitted_under(Path("outputs")))
+    if not found:
+        raise UserError("status: nothing was submitted to outputs/; name a run directory")
+    for status in statuses(found):
+        print(describe(status))
+
+
+def describe(status: Status) -> str:
+    """One run in a few lines."""
+    of = f"/{status.total_steps}" if status.total_steps else ""
+    figures = [f"step {status.step}{of}"]
+    if status.tokens_per_second is not None:
+        figures.append(f"{status.tokens_per_second:.0f} tokens/s")
+    if status.seconds_left is not None:
+        figures.append(f"about {status.seconds_left / 60:.1f} min left")
+    figures.append(f"last state at step {status.state_step}" if status.state_step else "no state yet")
+    where = f" on {status.nodes}" if status.nodes else ""
+    note = f" ({status.note})" if status.note else ""
+    lines = [f"{shown_path(status.directory)}", f"  job {status.job} {status.state}{where}{note}"]
+    lines.append(f"  {', '.join(figures)}")
+    if status.restarts:
+        lines.append(f"  started again {len(status.restarts)} times: {', '.join(status.restarts)}")
+    return "\n".join(lines)
+
+
+def shown_path(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def cancel_runs(directories: Sequence[Path], now: bool) -> None:
+    """`dskd cancel`: running jobs are asked to save and stop, pending ones leave the queue."""
+    for directory in directories:
+        record = Record(directory.absolute())
+        job = require_job(record)
+        entry = slurm.queue([job.id]).get(job.id) if job.id else None
+        if entry is None or job.id is None:
+            print(f"{directory}: job {job.id} is not in the queue")
+        elif entry.state == "RUNNING" and not now:
+            record.write("cancel", "")
+            slurm.patiently(partial(slurm.run, "scancel", "--signal=USR2", job.id))
+            print(f"job {job.id}: asked to save its state and to stop; `dskd status {directory}` shows when it has")
+        else:
+            slurm.patiently(partial(slurm.run, "scancel", job.id))
+            print(f"job {job.id}: cancelled")

@@ -1,0 +1,47 @@
+"""Pipeline files: the order of their stages, and mistakes in one line."""
+
+import pytest
+
+from dskd.config.errors import UserError
+from dskd.config.load import load
+from dskd.config.pipeline import PipelineConfig
+
+
+def read(tmp_path, text: str) -> PipelineConfig:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(text)
+    return load(file, PipelineConfig)
+
+
+def test_stages_come_after_those_that_they_need(tmp_path):
+    pipeline = read(
+        tmp_path,
+        """
+stages:
+  scores: {evaluate: student, data: [a.jsonl]}
+  student: {run: b.yaml, teacher: teacher, after: [other]}
+  teacher: {run: a.yaml}
+  other: {run: c.yaml}
+""",
+    )
+    assert list(pipeline.ordered()) == ["teacher", "other", "student", "scores"]
+    assert pipeline.stages["student"].needs == ("teacher", "other")
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ("{a: {}}", "stages.a.run: either run or evaluate is expected"),
+        ("{a: {run: x, evaluate: a}}", "stages.a.run: either run or evaluate is expected"),
+        ("{a: {run: x}, b: {evaluate: a}}", "stages.b.data: is missing; "),
+        ("{a: {run: x, data: [y]}}", "stages.a.data: has no effect beside run"),
+        ("{a: {run: x, teacher: bb}, b: {run: x}}", "stages.a: 'bb': unknown stage; allowed: a, b; nearest: b"),
+        ("{a: {run: x, after: [b]}, b: {run: x, after: [a]}}", "stages: a, b wait for each other"),
+        ("{a: {run: x}, b: {evaluate: a, data: [y]}, c: {run: x, teacher: b}}", "stages.c: b trains no model"),
+        ("{}", "stages: at least one is expected"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, stages, expected):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, f"stages: {stages}\n")
+    assert str(error.value).startswith(f"{tmp_path}/pipeline.yaml: {expected}")

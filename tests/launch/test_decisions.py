@@ -1,0 +1,130 @@
+"""Who is started again and why: what a rank's end means, what the batch script makes of it, what Slurm's words mean."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from dskd.config.errors import UserError
+from dskd.launch import slurm
+from dskd.launch.batch import SLURM_SIGNALS_EARLY, finish, why_not_again, why_stopped
+from dskd.launch.record import Job, Record, Start
+from dskd.launch.task import ASKED, PORTS, again_reason, port_of
+
+JOB = Job("local", ("true",), 2, 2, minutes=60, signal_seconds=300, max_requeues=3, id="7")
+
+
+@pytest.fixture
+def record(tmp_path):
+    record = Record(tmp_path)
+    record.write_job(JOB)
+    return record
+
+
+def state(record: Record, step: int, finished: bool = False) -> None:
+    folder = record.directory / "resume" / f"step{step}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"finished": finished}))
+    (folder.parent / "LATEST").write_text(f"step{step}\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "reason"),
+    [
+        (75, True, ASKED),
+        (-signal.SIGUSR2, True, ASKED),  # before the rank could handle it
+        (128 + signal.SIGTERM, True, ASKED),  # the same, in a container
+        (75, False, "a rank died or stalled, or asked to be started again"),
+        (-signal.SIGKILL, False, "ended by signal 9"),
+        (137, True, "ended by signal 9"),
+        (1, True, None),
+        (2, False, None),
+    ],
+)
+def test_what_the_end_of_a_rank_means(code, asked, reason):
+    assert again_reason(code, asked) == reason
+
+
+def test_a_run_that_was_asked_to_stop_early_was_preempted():
+    late = JOB.minutes * 60 - JOB.signal_seconds
+    assert why_stopped(ASKED, JOB, late - SLURM_SIGNALS_EARLY - 1) == "preempted"
+    assert why_stopped(ASKED, JOB, late - SLURM_SIGNALS_EARLY + 1) == "time limit"
+    assert why_stopped("rank 1: ended by signal 9", JOB, 5) == "rank 1: ended by signal 9"
+
+
+def test_a_run_is_started_again_only_after_progress_unless_it_was_preempted(record):
+    state(record, 40)
+    begun = Start(1, "7", time.time(), "node1", step=40)
+    assert "no progress since the start at step 40" in why_not_again(record, JOB, begun, "time limit")
+    assert why_not_again(record, JOB, begun, "preempted") is None
+    assert why_not_again(record, JOB, Start(1, "7", time.time(), "node1", step=39), "time limit") is None
+
+
+def test_a_run_is_not_started_again_for_ever(record, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    begun = Start(4, "7", time.time(), "node1", step=0)
+    assert "started again 3 times already" in why_not_again(record, JOB, begun, "preempted")
+
+
+def test_the_first_rank_that_did_not_finish_tells_why(record, capsys):
+    record.add_start("7", "node[1-2]", 0)
+    record.mark_ending(False, "rank 1 on node1: exit code 1, ValueError: broken")
+    record.mark_ending(True, ASKED)  # Slurm ended the other ranks after that
+    assert finish(record, 1) == 1
+    assert record.starts()[-1].outcome == "failed"
+    assert capsys.readouterr().err == "dskd: rank 1 on node1: exit code 1, ValueError: broken\n"
+
+
+def test_a_start_that_never_told_its_end_was_lost(record):
+    record.add_start("7", "node1", 0)
+    record.add_start("7", "node2", 5)
+    record.end_start(2, "finished", "")
+    with (record.folder / "starts.jsonl").open("a") as torn:
+        torn.write('{"number": 3, "jo')
+    assert [(s.number, s.outcome, s.step) for s in record.starts()] == [(1, "lost", 0), (2, "finished", 5)]
+
+
+def test_a_complete_run_or_evaluation_is_recognised(record):
+    assert not record.is_complete()
+    state(record, 10)
+    assert not record.is_complete()
+    state(record, 20, finished=True)
+    assert record.is_complete()
+    assert record.state_step() == 20
+
+
+def test_jobs_with_near_ids_have_different_ports():
+    assert len({port_of(job) for job in range(5000, 5000 + len(PORTS))}) == len(PORTS)
+    assert all(port_of(job) in PORTS for job in (1, 99_999_999))
+
+
+@pytest.mark.parametrize(
+    ("said", "key"),
+    [
+        ("sbatch: error: invalid partition specified: gppu\nsbatch: error: Batch job submission failed", "partition"),
+        ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination", "account"),
+        ("sbatch: error: Batch job submission failed: Invalid qos specification", "qos"),
+        ("sbatch: error: Batch job submission failed: Requested time limit is invalid", "hours"),
+        ("sbatch: error: Batch job submission failed: Invalid feature specification", "constraint"),
+        ("sbatch: error: Batch job submission failed: Requested node configuration is not available", "launch.nodes"),
+    ],
+)
+def test_a_refusal_has_sbatch_s_words_and_the_key_to_change(said, key):
+    line = str(slurm.refused(said))
+    assert "\n" not in line
+    assert line.startswith(f"sbatch refused: {said.splitlines()[0].removeprefix('sbatch: error: ')}")
+    assert f"; change {key}" in line
+
+
+def test_a_controller_that_does_not_answer_is_asked_again_with_a_limit(monkeypatch):
+    monkeypatch.setattr(slurm, "WAIT", 0.0)
+    asked = []
+
+    def call() -> str:
+        asked.append(1)
+        raise slurm.Unreachable("Unable to contact slurm controller (connect failure)")
+
+    with pytest.raises(UserError, match=r"does not answer \(Unable to contact .*\); tried 4 times"):
+        slurm.patiently(call)
+    assert len(asked) == slurm.ATTEMPTS
