@@ -76,11 +76,10 @@ def dense_loss(method, student, teacher, own, other):
 
 def mined(method, logits, teacher_logits, own, other):
     settings = method.settings
-    together = torch.zeros(teacher_logits.shape[-1], logits.shape[-1])
-    for target, run in zip(method.targets.tolist(), method.sources.split(method.runs.tolist()), strict=True):
-        together[run, target] = 1.0
     temperature = settings.temperature * settings.teacher_temperature
-    q = (teacher_logits / temperature).softmax(-1) @ together
+    q = (teacher_logits / temperature).softmax(-1)
+    target_of_source = method.targets.repeat_interleave(method.runs)
+    q = torch.zeros(len(q), logits.shape[-1]).index_add(1, target_of_source, q[:, method.sources])
     total = torch.zeros(())
     pairs = other.pairs.tolist()
     for token in range(len(own.labels)):
