@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,7 +123,8 @@ def start_training(run: "RunConfig", force: bool) -> None:
         raise SystemExit(UNFINISHED) from None
     except RuntimeError as error:
         if watch.is_lost_peer(error):
-            watch.end_here(f"another rank is gone ({str(error).splitlines()[0]})")
+            traceback.print_exc()
+            watch.end_here("another rank is gone")
         raise
     distributed.stop()
 

@@ -98,7 +98,7 @@ def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
         workers, pin_memory = run.data.workers, ranks.device.type == "cuda"
         batches = load_steps(steps, progress.step, job.total_steps, workers, pin_memory, ignore_signals)
         monitor = stack.enter_context(Monitor(run.directory, job.total_steps, ranks.is_main, progress.step))
-        announce(job, progress, past.notes)
+        announce(job, progress, [*past.notes, *keeper.notes])
         if progress.step:
             progress = keeper.keep(after_step(job, keeper, monitor, progress), monitor)
         stack.enter_context(closing(batches))

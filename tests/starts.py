@@ -20,6 +20,7 @@ SERVER.set_forkserver_preload(["dskd.train", "torch.utils.tensorboard.writer"])
 def run_dskd(arguments: list[str], environment: dict[str, str], output: Path) -> None:
     """In the new process."""
     os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of the command line
     with output.open("ab", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -29,6 +30,16 @@ def run_dskd(arguments: list[str], environment: dict[str, str], output: Path) ->
     main()
 
 
+STARTED: list["Start"] = []
+
+
+def end_all() -> None:
+    """SIGKILL to whatever a test has left."""
+    for start in STARTED:
+        start.send(signal.SIGKILL)
+    STARTED.clear()
+
+
 class Start:
     """One start of a command on some ranks, which write to `output`."""
 
@@ -36,6 +47,7 @@ class Start:
         self.output, port = output, free_port()
         words = [str(argument) for argument in arguments]
         self.ranks = []
+        STARTED.append(self)
         for rank in range(ranks):
             places = rank_environment(rank, ranks, port) | environment
             self.ranks.append(SERVER.Process(target=run_dskd, args=(words, places, output)))

@@ -66,6 +66,8 @@ class Keeper:
         self.unpublished: Callable[[], None] | None = None
         """Publishes the state that was written last, once all of it is in the run directory."""
         self.due = False
+        self.notes: list[str] = []
+        """What the log should tell of the state that was loaded."""
         self.set_clock()
 
     def restore(self, past: Past) -> Progress:
@@ -73,7 +75,7 @@ class Keeper:
         if past.progress.step > self.total_steps:
             raise UserError(f"train: the run has made {past.progress.step} steps, more than {self.total_steps}")
         if past.folder is not None:
-            state.load(past.folder, self.engine, self.run.train.seed, self.ranks)
+            self.notes = state.load(past.folder, self.engine, self.run.train.seed, self.ranks)
             self.kept = (past.progress.step, past.progress.pending)
         self.ranks.together(lambda: self.prepare_directory(past) if self.ranks.is_main else None)
         return past.progress

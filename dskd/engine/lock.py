@@ -83,14 +83,18 @@ def beating(holder: Path) -> Iterator[None]:
     ended = threading.Event()
     about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
 
-    def beat() -> None:
-        count = 0
-        while not ended.wait(BEAT_SECONDS if count else 0.0):
-            count += 1
-            with suppress(OSError):  # a full disk is told by what training writes
-                write_text(holder, json.dumps(about | {"beat": count}))
+    def beat(count: int) -> None:
+        with suppress(OSError):  # a full disk is told by what training writes
+            write_text(holder, json.dumps(about | {"beat": count}))
 
-    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    def go_on() -> None:
+        count = 1
+        while not ended.wait(BEAT_SECONDS):
+            count += 1
+            beat(count)
+
+    beat(1)
+    thread = threading.Thread(target=go_on, name="lock", daemon=True)
     thread.start()
     try:
         yield

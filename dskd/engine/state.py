@@ -27,7 +27,6 @@ from dskd.engine.checkpoint import Saved, Scores
 from dskd.engine.delivery import Delivery
 from dskd.engine.distributed import Ranks
 from dskd.engine.files import as_user_error, damage, entry, publish, read_manifest, sync_file, write_text
-from dskd.engine.metrics import LOG
 from dskd.engine.shards import load_pieces, read_notes, save_pieces
 
 FOLDER, LATEST, STATE = "resume", "LATEST", "state.json"
@@ -164,8 +163,11 @@ def problems(folder: Path, rank: int, world_size: int) -> Iterator[str]:
             yield problem
 
 
-def load(folder: Path, engine: Any, seed: int, ranks: Ranks) -> None:
-    """Give the engine and the random generators the state in `folder`, whatever number of ranks wrote it."""
+def load(folder: Path, engine: Any, seed: int, ranks: Ranks) -> list[str]:
+    """Give the engine and the random generators the state in `folder`, whatever number of ranks wrote it.
+
+    Returns what the log should tell of it.
+    """
     about = json.loads((folder / STATE).read_text(encoding="utf-8"))
     files = [folder / f"rank{rank}.safetensors" for rank in range(about["world_size"])]
     try:
@@ -176,6 +178,6 @@ def load(folder: Path, engine: Any, seed: int, ranks: Ranks) -> None:
         with safe_open(files[ranks.rank], "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith("rng:")}  # noqa: SIM118
             randomness.restore(tensors, read_notes(file), ranks.device)
-    else:
-        LOG.info(f"{about['world_size']} rank(s) wrote the state, {ranks.world_size} go on: dropout is seeded anew")
-        randomness.seed(abs(hash((seed, about["step"], ranks.rank))))
+        return []
+    randomness.seed(abs(hash((seed, about["step"], ranks.rank))))
+    return [f"{about['world_size']} rank(s) wrote the state, {ranks.world_size} go on: dropout is seeded anew"]

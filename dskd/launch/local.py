@@ -15,7 +15,7 @@ TAIL_LINES = 30
 UNFINISHED = 75
 """Exit code for "not finished, run me again"."""
 MOST_BYTES = 100_000
-STOP_SECONDS = 60.0
+STOP_SECONDS = 20.0
 """How long ranks may differ in the time they need to stop."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -3,6 +3,14 @@
 from pathlib import Path
 
 import pytest
+from starts import end_all
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """No process outlives the test that started it."""
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="session")
