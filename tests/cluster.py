@@ -67,6 +67,11 @@ def metrics(directory: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
+def step_seconds(directory: Path) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["seconds"] for line in lines if "seconds" in line]
+
+
 def steps(directory: Path) -> list[int]:
     return [int(line["step"]) for line in metrics(directory) if "loss" in line]
 

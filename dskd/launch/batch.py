@@ -15,6 +15,7 @@ from dskd.launch import slurm
 from dskd.launch.record import Job, Record, Start
 from dskd.launch.task import ASKED
 
+PREEMPTED = "preempted"
 SLURM_SIGNALS_EARLY = 90.0
 """Seconds that the signal before the time limit may come earlier than asked for."""
 
@@ -39,7 +40,7 @@ def begin(record: Record) -> int:
     job = submitted(record)
     record.clear_ending()
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    start = record.add_start(slurm_id(), os.environ["SLURM_JOB_NODELIST"], record.state_step())
+    start = record.add_start(slurm_id(), os.environ["SLURM_JOB_NODELIST"])
     if restarts > job.max_requeues:
         return fail(record, start, f"started again {job.max_requeues} times (max_requeues of the cluster profile)")
     print(start.number)
@@ -56,7 +57,7 @@ def finish(record: Record, code: int) -> int:
     again, why = record.ending() or (False, f"srun ended with {code}")
     if again:
         reason = why_stopped(why, job, time.time() - start.time)
-        problem = why_not_again(record, job, start, reason)
+        problem = why_not_again(record, job, reason)
         if problem is not None:
             return fail(record, start, problem)
         record.end_start(start.number, "again", reason)
@@ -76,16 +77,18 @@ def why_stopped(why: str, job: Job, seconds: float) -> str:
     if why != ASKED:
         return why
     in_time = seconds < job.minutes * 60 - job.signal_seconds - SLURM_SIGNALS_EARLY
-    return "preempted" if in_time else "time limit"
+    return PREEMPTED if in_time else "time limit"
 
 
-def why_not_again(record: Record, job: Job, start: Start, reason: str) -> str | None:
+def why_not_again(record: Record, job: Job, reason: str) -> str | None:
     """Why another start would be a waste; None where it makes sense. Preemption is no fault of the run."""
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= job.max_requeues:
         return f"{reason}; started again {job.max_requeues} times already (max_requeues of the cluster profile)"
-    if reason != "preempted" and record.state_step() <= start.step:
+    *before, now = record.starts()
+    stuck = [s for s in before[-1:] if s.job == now.job and s.state == now.state and s.outcome == "again"]
+    if reason != PREEMPTED and record.state() == now.state and any(s.reason != PREEMPTED for s in stuck):
         hint = "; a longer launch.hours may help" if reason == "time limit" else ""
-        return f"{reason}; no progress since the start at step {start.step}, so it is not started again{hint}"
+        return f"{reason}; two starts in a row made no progress after step {now.step}{hint}"
     return None
 
 

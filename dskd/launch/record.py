@@ -49,11 +49,15 @@ class Start:
     job: str
     time: float
     nodes: str
-    step: int
-    """Step of the state that it began from."""
+    state: str
+    """Name of the state that it began from, step900; empty without one."""
     outcome: Outcome = "running"
     reason: str = ""
     ended: float | None = None
+
+    @property
+    def step(self) -> int:
+        return step_of(self.state)
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,8 @@ class Record:
                 found[-1] = replace(found[-1], **entry)
         return [lost(start) if start.outcome == "running" else start for start in found[:-1]] + found[-1:]
 
-    def add_start(self, job: str, nodes: str, step: int) -> Start:
-        start = Start(len(self.starts()) + 1, job, time.time(), nodes, step)
+    def add_start(self, job: str, nodes: str) -> Start:
+        start = Start(len(self.starts()) + 1, job, time.time(), nodes, self.state())
         begun = {f.name: getattr(start, f.name) for f in fields(Start)[:5]}
         self._append(begun)
         return start
@@ -130,23 +134,29 @@ class Record:
         with (self.folder / "starts.jsonl").open("ab", buffering=0) as out:
             out.write((json.dumps(entry) + "\n").encode())
 
-    def state_step(self) -> int:
-        """Step of the last complete state, 0 without one."""
-        found = re.fullmatch(r"step(\d+)", self.state_name())
-        return int(found[1]) if found else 0
-
-    def state_name(self) -> str:
+    def state(self) -> str:
+        """Name of the last complete state, empty without one."""
         try:
             return (self.directory / "resume" / "LATEST").read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return ""
 
+    def state_step(self) -> int:
+        """Step of the last complete state, 0 without one."""
+        return step_of(self.state())
+
     def is_complete(self) -> bool:
         """Whether a run has made its last step, or an evaluation has its results."""
         if (self.directory / "results.json").is_file():
             return True
-        state = _read_json(self.directory / "resume" / self.state_name() / "state.json") or {}
+        state = _read_json(self.directory / "resume" / self.state() / "state.json") or {}
         return bool(state.get("finished"))
+
+
+def step_of(state: str) -> int:
+    """step900, or step900 with a word after it -> 900."""
+    found = re.match(r"step(\d+)", state)
+    return int(found[1]) if found else 0
 
 
 def lost(start: Start) -> Start:

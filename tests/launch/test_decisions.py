@@ -2,14 +2,13 @@
 
 import json
 import signal
-import time
 
 import pytest
 
 from dskd.config.errors import UserError
 from dskd.launch import slurm
 from dskd.launch.batch import SLURM_SIGNALS_EARLY, finish, why_not_again, why_stopped
-from dskd.launch.record import Job, Record, Start
+from dskd.launch.record import Job, Record
 from dskd.launch.task import ASKED, PORTS, again_reason, port_of
 
 JOB = Job("local", ("true",), 2, 2, minutes=60, signal_seconds=300, max_requeues=3, id="7")
@@ -53,22 +52,55 @@ def test_a_run_that_was_asked_to_stop_early_was_preempted():
     assert why_stopped("rank 1: ended by signal 9", JOB, 5) == "rank 1: ended by signal 9"
 
 
-def test_a_run_is_started_again_only_after_progress_unless_it_was_preempted(record):
+@pytest.mark.parametrize(
+    ("before", "reason", "again"),
+    [
+        ("time limit", "time limit", False),
+        ("rank 0 on node1: ended by signal 9", "time limit", False),
+        ("preempted", "time limit", True),
+        ("time limit", "preempted", True),
+    ],
+)
+def test_two_starts_without_progress_are_enough_unless_the_run_was_preempted(record, before, reason, again):
     state(record, 40)
-    begun = Start(1, "7", time.time(), "node1", step=40)
-    assert "no progress since the start at step 40" in why_not_again(record, JOB, begun, "time limit")
-    assert why_not_again(record, JOB, begun, "preempted") is None
-    assert why_not_again(record, JOB, Start(1, "7", time.time(), "node1", step=39), "time limit") is None
+    record.add_start("7", "node1")
+    assert why_not_again(record, JOB, reason) is None
+    record.end_start(1, "again", before)
+    record.add_start("7", "node2")
+    problem = why_not_again(record, JOB, reason)
+    assert (problem is None) == again
+    assert again or "two starts in a row made no progress after step 40" in problem
+
+
+def test_after_progress_a_run_is_started_again(record):
+    state(record, 40)
+    record.add_start("7", "node1")
+    record.end_start(1, "again", "time limit")
+    record.add_start("7", "node1")
+    state(record, 41)
+    assert why_not_again(record, JOB, "time limit") is None
+
+
+def test_an_evaluation_that_was_made_up_for_is_progress(record):
+    for name in ("step40-before-evaluation", "step40"):
+        (record.directory / "resume").mkdir(exist_ok=True)
+        (record.directory / "resume" / "LATEST").write_text(f"{name}\n")
+        record.add_start("7", "node1")
+        record.end_start(len(record.starts()), "again", "time limit")
+        assert record.state_step() == 40
+    record.add_start("7", "node1")
+    (record.directory / "resume" / "LATEST").write_text("step40-before-evaluation\n")
+    assert why_not_again(record, JOB, "time limit") is None
 
 
 def test_a_run_is_not_started_again_for_ever(record, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    begun = Start(4, "7", time.time(), "node1", step=0)
-    assert "started again 3 times already" in why_not_again(record, JOB, begun, "preempted")
+    record.add_start("7", "node1")
+    assert "started again 3 times already" in why_not_again(record, JOB, "preempted")
 
 
 def test_the_first_rank_that_did_not_finish_tells_why(record, capsys):
-    record.add_start("7", "node[1-2]", 0)
+    record.add_start("7", "node[1-2]")
     record.mark_ending(False, "rank 1 on node1: exit code 1, ValueError: broken")
     record.mark_ending(True, ASKED)  # Slurm ended the other ranks after that
     assert finish(record, 1) == 1
@@ -77,8 +109,9 @@ def test_the_first_rank_that_did_not_finish_tells_why(record, capsys):
 
 
 def test_a_start_that_never_told_its_end_was_lost(record):
-    record.add_start("7", "node1", 0)
-    record.add_start("7", "node2", 5)
+    record.add_start("7", "node1")
+    state(record, 5)
+    record.add_start("7", "node2")
     record.end_start(2, "finished", "")
     with (record.folder / "starts.jsonl").open("a") as torn:
         torn.write('{"number": 3, "jo')

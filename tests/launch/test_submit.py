@@ -49,7 +49,7 @@ def test_a_dry_run_shows_script_and_command_and_writes_nothing(run):
 def test_a_dry_run_and_the_status_take_less_than_a_second_where_torch_is_not_installed(run, tmp_path):
     record = Record(tmp_path / "outputs" / "student" / "sft" / "default")
     record.write_job(Job("local", ("true",), 1, 1, 60, 30, 5, id="1"))
-    record.add_start("1", "node1", 0)
+    record.add_start("1", "node1")
     record.end_start(1, "finished", "")
     for arguments in (("submit", run, "--cluster", "local", "--dry-run"), ("status", record.directory)):
         seconds = []

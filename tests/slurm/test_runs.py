@@ -3,15 +3,28 @@
 They are submitted at once, each group to nodes of its own, since the start of a rank takes ten seconds of a core.
 """
 
+import math
 import os
 import signal
+import statistics
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from cluster import bring_up, dskd, metrics, outcomes, rank_environments, steps, submit, wait_for, wait_until
+from cluster import (
+    bring_up,
+    dskd,
+    metrics,
+    outcomes,
+    rank_environments,
+    step_seconds,
+    steps,
+    submit,
+    wait_for,
+    wait_until,
+)
 from transformers import AutoModelForCausalLM
 
 from dskd.launch.record import Record
@@ -31,24 +44,7 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def short_of_time(slurm, profile, make_run, tmp_path_factory):
-    """A run that is told to stop 25 to 55 s after each start, which is time for two to five of its steps."""
-    root = tmp_path_factory.mktemp("short")
-    run = make_run(
-        root,
-        method={"kind": "sft"},
-        train={"epochs": 11, "global_batch_size": 200, "micro_batch_size": 1},
-        eval={"every_epochs": 11},
-        launch={"processes": 1, "hours": 0.05},
-    )
-    records = root / "train.jsonl"
-    records.write_text(records.read_text() * 5)
-    (directory,) = submit(run, "--cluster", profile(sbatch=SECOND_HALF, signal_seconds=125))
-    return directory
-
-
-@pytest.fixture(scope="module")
-def runs(short_of_time, slurm, profile, make_run, tmp_path_factory):
+def runs(slurm, profile, make_run, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     run = make_run(
         root,
@@ -136,11 +132,23 @@ def test_twenty_runs_finish_four_at_a_time(runs):
         assert f"saved {directory}/" in dskd("logs", directory)
 
 
-def test_a_run_longer_than_its_time_limit_finishes_by_itself(short_of_time):
-    status = wait_for(short_of_time, "finished", timeout=900)
+def test_a_run_longer_than_its_time_limit_finishes_by_itself(slurm, profile, make_run, tmp_path):
+    """It is told to stop 30 to 60 s after each start, and has steps for 150 s, as fast as this machine is."""
+    settings = {"global_batch_size": 200, "micro_batch_size": 1}
+    run = make_run(
+        tmp_path, method={"kind": "sft"}, train=settings, launch={"processes": 1}, eval={"every_epochs": 999}
+    )
+    records = tmp_path / "train.jsonl"
+    records.write_text(records.read_text() * 5)
+    (trial,) = submit(run, "--cluster", profile(), "output.name=trial", "train.epochs=4")
+    wait_for(trial, "finished")
+    count = math.ceil(150 / statistics.median(step_seconds(trial)))
+    hurried = profile(hours=2 / 60, signal_seconds=60)
+    (directory,) = submit(run, "--cluster", hurried, "output.name=short", f"train.epochs={count}")
+    status = wait_for(directory, "finished", timeout=900)
     assert len(status.restarts) >= 2
     assert set(status.restarts) == {"time limit"}
-    assert steps(short_of_time) == list(range(1, 12))
+    assert steps(directory) == list(range(1, count + 1))
 
 
 def hosts(nodes: str) -> list[str]:
