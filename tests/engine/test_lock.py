@@ -13,21 +13,23 @@ from dskd.engine import lock
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def hold(directory, ready, end):
+def hold(directory, pipe):
     with lock.held(directory, print):
-        ready.set()
-        end.wait(60)
+        pipe.send("held")
+        pipe.poll(60)
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds the lock."""
-    ready, end = SPAWN.Event(), SPAWN.Event()
-    process = SPAWN.Process(target=hold, args=(tmp_path, ready, end))
+    """A process that holds the lock. An event in place of the pipe would wait for ever for one that was killed."""
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=hold, args=(tmp_path, theirs))
     process.start()
-    assert ready.wait(60)
+    assert ours.poll(60)
+    assert ours.recv() == "held"
     yield process
-    end.set()
+    if process.is_alive():
+        ours.send("end")
     process.join()
 
 
