@@ -10,6 +10,7 @@ import typer
 
 from dskd import __version__
 from dskd.config.errors import UserError
+from dskd.config.stopping import UNFINISHED
 from dskd.config.training import GenerationConfig
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def resume(
 def start_training(run: "RunConfig", force: bool) -> None:
     from dskd.config.run import accumulation_steps, check_paths
     from dskd.engine import watch
-    from dskd.engine.preemption import UNFINISHED, Stopped, watch_signals
+    from dskd.engine.preemption import Stopped, watch_signals
 
     check_paths(run)
     if "RANK" not in os.environ:

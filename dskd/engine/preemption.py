@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
-UNFINISHED = 75
-"""Exit code for "not finished, run me again" (EX_TEMPFAIL)."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from dskd.config.stopping import STOP_SIGNALS
 
 
 class Stopped(Exception):

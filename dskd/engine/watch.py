@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dskd.engine.preemption import UNFINISHED, Flags
+from dskd.config.stopping import UNFINISHED
+from dskd.engine.preemption import Flags
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 """What gloo says when another rank is gone."""

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import IO
 
+from dskd.config.stopping import STOP_SIGNALS, UNFINISHED
+
 TAIL_LINES = 30
-UNFINISHED = 75
-"""Exit code for "not finished, run me again"."""
 MOST_BYTES = 100_000
 STOP_SECONDS = 20.0
 """How long ranks may differ in the time they need to stop."""
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def free_port() -> int:
@@ -47,7 +46,7 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
     with ExitStack() as stack:
         outputs = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, processes))]
         ranks: list[subprocess.Popen[bytes]] = []
-        for number in PASSED_ON:  # before the first rank starts: a signal in between would leave orphans
+        for number in STOP_SIGNALS:  # before the first rank starts: a signal in between would leave orphans
             stack.callback(signal.signal, number, signal.signal(number, lambda n, _: pass_on(ranks, n)))
         for rank, output in enumerate(outputs):
             environment = {"OMP_NUM_THREADS": threads} | os.environ | rank_environment(rank, processes, port)

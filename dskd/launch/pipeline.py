@@ -12,11 +12,11 @@ from dskd.config.errors import UserError
 from dskd.config.load import load, load_run
 from dskd.config.pipeline import PipelineConfig, StageConfig
 from dskd.config.run import BEST, RunConfig
+from dskd.config.stopping import UNFINISHED
 from dskd.launch import slurm
 from dskd.launch.record import Record
 from dskd.launch.request import Request, evaluate_request, train_request
 from dskd.launch.submit import submit
-from dskd.launch.task import AGAIN
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def run_here(stages: Sequence[Stage]) -> int:
                 record.write(name, text)
             print(f"{stage.name}: {request.directory}", flush=True)
             code = subprocess.run(request.command, check=False).returncode
-            if code == AGAIN:
-                return AGAIN
+            if code == UNFINISHED:
+                return UNFINISHED
             if code:
                 failed.add(stage.name)
         if stage.name not in failed:

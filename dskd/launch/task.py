@@ -10,15 +10,13 @@ from pathlib import Path
 
 from submitit import JobEnvironment
 
+from dskd.config.stopping import STOP_SIGNALS, UNFINISHED
 from dskd.launch.record import Record
 
-AGAIN = 75
-"""Exit code of a rank that is not finished and wants to be started again."""
 MISTAKE = 2
 ASKED = "asked to stop"
 PATIENCE = 20.0
 """Seconds that the other ranks get to end by themselves, after one has failed."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PORTS = range(20000, 32000)
 """Below the ports that systems give to outgoing connections."""
 
@@ -50,7 +48,7 @@ def run_task(directory: Path, command: tuple[str, ...]) -> int:
             return 0
         # submitit's own handlers act on rank 0 alone, and never let a rank save together with the others.
         child: list[subprocess.Popen[bytes]] = []
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda n, _: _pass_on(n, received, child))
         variables = os.environ | rank_variables(environment)
         child.append(subprocess.Popen(command, env=variables, stdout=out, stderr=out, stdin=subprocess.DEVNULL))
@@ -62,7 +60,7 @@ def run_task(directory: Path, command: tuple[str, ...]) -> int:
     reason = again_reason(code, bool(received))
     told = f"rank {rank} on {environment.hostname}: {reason or describe_failure(code, log)}"
     record.mark_ending(reason is not None, ASKED if reason == ASKED else told)
-    if code == AGAIN:
+    if code == UNFINISHED:
         return 0
     if code != MISTAKE:  # a mistake is noticed by all ranks at once
         time.sleep(PATIENCE)
@@ -75,9 +73,9 @@ def again_reason(code: int, asked: bool) -> str | None:
     A rank that a signal killed before it could handle it has nothing to save: it stopped as it was asked to.
     """
     ended_by = -code if code < 0 else code - 128 if code > 128 else 0
-    if asked and (code == AGAIN or ended_by in SIGNALS):
+    if asked and (code == UNFINISHED or ended_by in STOP_SIGNALS):
         return ASKED
-    if code == AGAIN:
+    if code == UNFINISHED:
         return "a rank died or stalled, or asked to be started again"
     if ended_by:
         return f"ended by signal {ended_by}"

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from dskd.launch.local import TAIL_LINES, UNFINISHED, end, exit_code, first_failed, free_port, rank_environment
+from dskd.config.stopping import UNFINISHED
+from dskd.launch.local import TAIL_LINES, end, exit_code, first_failed, free_port, rank_environment
 
 DRIVER = """
 import sys
