@@ -32,7 +32,7 @@ def distance(settings, logits, teacher_logits):
             gap = (p - q).detach().abs()
             ordered, order = q.sort(-1)
             tail = (gap.gather(-1, order) * (ordered.cumsum(-1) < settings.adaptive_alpha)).sum(-1)
-            share = tail / gap.sum(-1)
+            share = tail / gap.sum(-1).clamp_min(1e-30)  # p = q: both distances are 0, whatever the share
             return (1 - share) * kl(q, p) + share * kl(p, q)
 
 
