@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dskd.losses.dual_space import DualSpace, Projected
-from dskd.losses.logit_method import alignment_metrics
+from dskd.losses.response import alignment_metrics
 from dskd.losses.streaming import StreamedLogits, stream
 from dskd.losses.tensors import LossOutput, Model, Scale, Tokens
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dskd.losses.cross_entropy import cross_entropy, predicts
 from dskd.losses.divergence import at_temperature, distance, forward_kl
-from dskd.losses.logit_method import student_order
 from dskd.losses.method import Method, finish
+from dskd.losses.response import Response
 from dskd.losses.streaming import StreamedLogits, stream
 from dskd.losses.tensors import LossOutput, Model, Sum, Tokens
 
@@ -77,39 +77,28 @@ class DualSpace(Method):
         self, student: Tokens, t2s: Projected, counts: Mapping[str, int], scales: Mapping[str, float], s2t: TeacherSpace
     ) -> LossOutput:
         """All parts together; `counts` are the tokens that each is over."""
-        head, projected, count = self.student.head(), len(t2s.labels), len(student.labels)
-        hidden, labels = student.hidden, student.labels
-        if t2s.tokens is not None:
-            order = student_order(t2s.tokens, count)
-            hidden, labels = hidden[order], labels[order]
-        streamed = StreamedLogits(hidden, head, grad_head=True)
+        head, projected = self.student.head(), len(t2s.labels)
+        response = Response(student, head, self.settings.label_smoothing, t2s.tokens)
+        streamed = response.streamed
         target = StreamedLogits(t2s.hidden, head)  # the head takes no gradient from the projected states
-        ce, t2s_ce, t2s_kd, correct, t2s_correct = torch.zeros(5, device=labels.device)
-
-        def response(logits: Tensor, own: Tensor) -> Tensor:
-            nonlocal ce, correct
-            correct += predicts(logits, own).sum()
-            value, grad = cross_entropy(logits, own, self.settings.label_smoothing)
-            ce += value.sum()
-            return grad.mul_(scales["ce"])
-
+        t2s_ce, t2s_kd, t2s_correct = torch.zeros(3, device=response.labels.device)
         for rows, (logits, t2s_logits) in stream(range(projected), self.memory_mb, streamed, target):
             right = t2s_logits.argmax(-1).eq(t2s.labels[rows]).float()
             t2s_correct += right.sum()
             value, kd_grad = self.distance(logits, t2s_logits)
             learn = right if self.masked else torch.ones_like(right)
             t2s_kd += value @ learn
-            grad = response(logits, labels[rows]).addcmul_(kd_grad, learn.unsqueeze(-1), value=scales["t2s_kd"])
-            streamed.keep_gradient(logits, grad)
+            grad = response.gradient(rows, logits, scales["ce"])
+            streamed.keep_gradient(logits, grad.addcmul_(kd_grad, learn.unsqueeze(-1), value=scales["t2s_kd"]))
             value, grad = cross_entropy(t2s_logits, t2s.labels[rows])
             t2s_ce += value.sum()
             target.keep_gradient(t2s_logits, grad.mul_(scales["t2s_ce"]))
-        for rows, (logits,) in stream(range(projected, count), self.memory_mb, streamed):
-            streamed.keep_gradient(logits, response(logits, labels[rows]))
-        sums = {"ce": ce, "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t.value}
+        for rows, (logits,) in stream(range(projected, response.count), self.memory_mb, streamed):
+            streamed.keep_gradient(logits, response.gradient(rows, logits, scales["ce"]))
+        sums = {"ce": response.ce, "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t.value}
         parts = {name: Sum(value, counts[name]) for name, value in sums.items()}
         metrics = {
-            "accuracy": Sum(correct, count),
+            "accuracy": response.accuracy,
             "t2s_accuracy": Sum(t2s_correct, projected),
             "s2t_accuracy": Sum(s2t.correct, len(s2t.streamed.hidden)),
         }

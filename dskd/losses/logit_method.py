@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd.losses.cross_entropy import cross_entropy, predicts
 from dskd.losses.method import Method, finish
+from dskd.losses.response import Response, alignment_metrics
 from dskd.losses.streaming import StreamedLogits, stream
 from dskd.losses.tensors import LossOutput, Model, Scale, Sum, Tokens
 
@@ -34,55 +34,27 @@ class LogitMethod(Method):
 
     def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
         assert teacher is not None
-        count = len(student.labels)
-        scales = scale(dict.fromkeys(self.weights, count))
         pairs = self.aligned(student, teacher)
-        hidden, labels, target_hidden = student.hidden, student.labels, teacher.hidden
+        first, target_hidden, metrics = None, teacher.hidden, {}
         if pairs is not None:
-            order = student_order(pairs[:, 1], count)
-            hidden, labels, target_hidden = hidden[order], labels[order], target_hidden[pairs[:, 0]]
-        streamed = StreamedLogits(hidden, self.student.head(), grad_head=True)
-        target = StreamedLogits(target_hidden, self.teacher.head())
-        ce, kd, correct = torch.zeros(3, device=labels.device)
+            first, target_hidden, metrics = pairs[:, 1], teacher.hidden[pairs[:, 0]], alignment_metrics(pairs, student)
+        response = Response(student, self.student.head(), self.settings.label_smoothing, first)
+        streamed, target = response.streamed, StreamedLogits(target_hidden, self.teacher.head())
+        scales = scale(dict.fromkeys(self.weights, response.count))
+        kd = torch.zeros((), device=response.labels.device)
 
         def keep(rows: slice, logits: Tensor, distilled: tuple[Tensor, Tensor] | None) -> None:
-            nonlocal ce, kd, correct
-            own = labels[rows]
-            correct += predicts(logits, own).sum()
-            value, grad = cross_entropy(logits, own, self.settings.label_smoothing)
-            ce += value.sum()
-            grad.mul_(scales["ce"])
+            grad = response.gradient(rows, logits, scales["ce"])
             if distilled is not None:
                 value, kd_grad = distilled
-                kd += value.sum()
+                kd.add_(value.sum())
                 grad[:, : kd_grad.shape[-1]].add_(kd_grad, alpha=scales["kd"])
             streamed.keep_gradient(logits, grad)
 
-        for rows, (logits, teacher_logits) in stream(range(len(target_hidden)), self.memory_mb, streamed, target):
+        aligned = len(target_hidden)
+        for rows, (logits, teacher_logits) in stream(range(aligned), self.memory_mb, streamed, target):
             keep(rows, logits, self.distance(logits, teacher_logits))
-        for rows, (logits,) in stream(range(len(target_hidden), count), self.memory_mb, streamed):
-            keep(rows, logits, self.distance_from_label(logits, labels[rows]))
-        parts = {"ce": Sum(ce, count), "kd": Sum(kd, count)}
-        metrics = {"accuracy": Sum(correct, count)}
-        if pairs is not None:
-            metrics |= alignment_metrics(pairs, student)
-        return finish(parts, scales, streamed.gradients(), metrics)
-
-
-def student_order(first: Tensor, tokens: int) -> Tensor:
-    """All `tokens`, those of `first` before the others, which cost nothing but their cross-entropy then."""
-    others = torch.ones(tokens, dtype=torch.bool, device=first.device)
-    others[first] = False
-    return torch.cat([first, others.nonzero().squeeze(-1)])
-
-
-def alignment_metrics(pairs: Tensor, student: Tokens) -> dict[str, Sum]:
-    """The share of the student's tokens that are aligned, and of its samples without any that is."""
-    ends = torch.tensor(student.lengths, device=pairs.device).cumsum(0)
-    reached = int((torch.bincount(torch.bucketize(pairs[:, 1].contiguous(), ends, right=True)) > 0).sum())
-    count, samples = len(student.labels), len(student.lengths)
-    zero = torch.zeros((), device=pairs.device)
-    return {
-        "aligned_tokens": Sum(zero + len(pairs), count),
-        "samples_without_alignment": Sum(zero + (samples - reached), samples),
-    }
+        for rows, (logits,) in stream(range(aligned, response.count), self.memory_mb, streamed):
+            keep(rows, logits, self.distance_from_label(logits, response.labels[rows]))
+        parts = {"ce": response.part, "kd": Sum(kd, response.count)}
+        return finish(parts, scales, streamed.gradients(), {"accuracy": response.accuracy} | metrics)

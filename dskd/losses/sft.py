@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dskd.losses.cross_entropy import cross_entropy, predicts
 from dskd.losses.method import Method, finish
-from dskd.losses.streaming import StreamedLogits, stream
-from dskd.losses.tensors import LossOutput, Model, Scale, Sum, Tokens
+from dskd.losses.response import Response
+from dskd.losses.streaming import stream
+from dskd.losses.tensors import LossOutput, Model, Scale, Tokens
 
 
 class Sft(Method):
@@ -21,14 +20,8 @@ class Sft(Method):
         self.weights = {"ce": 1.0}
 
     def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
-        count = len(student.labels)
-        scales = scale({"ce": count})
-        streamed = StreamedLogits(student.hidden, self.student.head(), grad_head=True)
-        ce, correct = torch.zeros(2, device=student.hidden.device)
-        for rows, (logits,) in stream(range(count), self.memory_mb, streamed):
-            labels = student.labels[rows]
-            correct += predicts(logits, labels).sum()
-            value, grad = cross_entropy(logits, labels, self.settings.label_smoothing)
-            ce += value.sum()
-            streamed.keep_gradient(logits, grad.mul_(scales["ce"]))
-        return finish({"ce": Sum(ce, count)}, scales, streamed.gradients(), {"accuracy": Sum(correct, count)})
+        response = Response(student, self.student.head(), self.settings.label_smoothing)
+        streamed, scales = response.streamed, scale({"ce": response.count})
+        for rows, (logits,) in stream(range(response.count), self.memory_mb, streamed):
+            streamed.keep_gradient(logits, response.gradient(rows, logits, scales["ce"]))
+        return finish({"ce": response.part}, scales, streamed.gradients(), {"accuracy": response.accuracy})

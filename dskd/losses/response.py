@@ -1,0 +1,60 @@
+"""What every method does with the response: cross-entropy of the student's tokens, beside whatever it distils."""
+
+import torch
+from torch import Tensor
+
+from dskd.losses.cross_entropy import cross_entropy, predicts
+from dskd.losses.streaming import StreamedLogits
+from dskd.losses.tensors import Head, Sum, Tokens
+
+
+class Response:
+    """The student's response tokens, to be streamed, and the sums over them.
+
+    Args:
+        first: [M], the tokens to come before the others, in this order: what is distilled from the teacher goes over
+            the first M, and the others cost nothing but their cross-entropy. None: all, in their order.
+
+    Attributes:
+        labels: [N] in that order.
+        ce, correct: scalars, summed over the blocks that `gradient` has seen.
+    """
+
+    def __init__(self, student: Tokens, head: Head, smoothing: float, first: Tensor | None = None) -> None:
+        hidden, self.labels, self.smoothing = student.hidden, student.labels, smoothing
+        self.count = len(student.labels)
+        if first is not None:
+            others = torch.ones(self.count, dtype=torch.bool, device=first.device)
+            others[first] = False
+            order = torch.cat([first, others.nonzero().squeeze(-1)])
+            hidden, self.labels = hidden[order], self.labels[order]
+        self.streamed = StreamedLogits(hidden, head, grad_head=True)
+        self.ce, self.correct = torch.zeros(2, device=self.labels.device)
+
+    def gradient(self, rows: slice, logits: Tensor, scale: float) -> Tensor:
+        """Count in a block, and return its cross-entropy's gradient [n, V], times `scale`."""
+        labels = self.labels[rows]
+        self.correct += predicts(logits, labels).sum()
+        value, grad = cross_entropy(logits, labels, self.smoothing)
+        self.ce += value.sum()
+        return grad.mul_(scale)
+
+    @property
+    def part(self) -> Sum:
+        return Sum(self.ce, self.count)
+
+    @property
+    def accuracy(self) -> Sum:
+        return Sum(self.correct, self.count)
+
+
+def alignment_metrics(pairs: Tensor, student: Tokens) -> dict[str, Sum]:
+    """The share of the student's tokens that are aligned, and of its samples without any that is."""
+    ends = torch.tensor(student.lengths, device=pairs.device).cumsum(0)
+    reached = int((torch.bincount(torch.bucketize(pairs[:, 1].contiguous(), ends, right=True)) > 0).sum())
+    count, samples = len(student.labels), len(student.lengths)
+    zero = torch.zeros((), device=pairs.device)
+    return {
+        "aligned_tokens": Sum(zero + len(pairs), count),
+        "samples_without_alignment": Sum(zero + (samples - reached), samples),
+    }
