@@ -76,10 +76,10 @@ def build_vocabulary_map(
         progress: called with (done, total) while searching, in teacher tokens.
         workers: threads that search, -1 for one a core.
     """
-    teacher, _ = _ids_of_pieces(teacher_tokenizer)
-    student, _ = _ids_of_pieces(student_tokenizer)
-    student_ids = exact_ids(teacher_tokenizer, student_tokenizer).astype(np.int32)
+    teacher_pieces, student_pieces = _pieces(teacher_tokenizer), _pieces(student_tokenizer)
+    student_ids = _exact_ids(teacher_pieces, student_pieces).astype(np.int32)
     distance = np.where(student_ids >= 0, 0, -1).astype(np.int16)
+    teacher, student = teacher_pieces.ordinary, student_pieces.ordinary
     missing, candidates = [piece for piece in teacher if piece not in student], list(student)
     for piece, nearest, edits in zip(missing, *_nearest(missing, candidates, progress, workers), strict=True):
         if edits < max(len(piece), len(candidates[nearest])):
@@ -90,12 +90,7 @@ def build_vocabulary_map(
 
 def exact_ids(teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> IntArray:
     """[V_teacher]: the student token that stands for the same bytes, or is the same special token; -1 for none."""
-    teacher, student = _ids_of_pieces(teacher_tokenizer), _ids_of_pieces(student_tokenizer)
-    found = np.full(len(vocabulary_bytes(teacher_tokenizer)), -1, np.int64)
-    for pieces, known in zip(teacher, student, strict=True):
-        for piece in pieces.keys() & known.keys():
-            found[pieces[piece]] = known[piece][0]
-    return found
+    return _exact_ids(_pieces(teacher_tokenizer), _pieces(student_tokenizer))
 
 
 def load_or_build(
@@ -164,8 +159,25 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _ids_of_pieces(tokenizer: Tokenizer) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
+@dataclass(frozen=True)
+class _Pieces:
     """The ids of each non-empty piece of text and of each special piece, both in order of preference."""
+
+    ordinary: dict[bytes, list[int]]
+    special: dict[bytes, list[int]]
+    ids: int
+    """One more than the largest id."""
+
+
+def _exact_ids(teacher: _Pieces, student: _Pieces) -> IntArray:
+    found = np.full(teacher.ids, -1, np.int64)
+    for pieces, known in ((teacher.ordinary, student.ordinary), (teacher.special, student.special)):
+        for piece in pieces.keys() & known.keys():
+            found[pieces[piece]] = known[piece][0]
+    return found
+
+
+def _pieces(tokenizer: Tokenizer) -> _Pieces:
     pieces = vocabulary_bytes(tokenizer)
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     fallback = {index for token, index in tokenizer.get_vocab().items() if BYTE_PIECE.fullmatch(token)}
@@ -175,7 +187,7 @@ def _ids_of_pieces(tokenizer: Tokenizer) -> tuple[dict[bytes, list[int]], dict[b
         if piece := pieces[index]:
             ids = special_ids if index in special or piece == END_OF_TEXT else ordinary_ids
             ids.setdefault(piece, []).append(index)
-    return ordinary_ids, special_ids
+    return _Pieces(ordinary_ids, special_ids, len(pieces))
 
 
 def _nearest(
