@@ -1,7 +1,6 @@
 """Saved models of many runs in one place: copied, verified, and listed in index.json. Torch-free."""
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +11,11 @@ from dskd.engine.files import (
     MANIFEST,
     MODEL_NAME,
     as_user_error,
+    copy_verified,
     damage,
     publish,
     read_manifest,
     sha256,
-    sync_file,
     write_text,
 )
 
@@ -93,12 +92,7 @@ def bring(source: Path, target: Path) -> None:
             copy = partial / name
             if copy.is_file() and damage(copy, expected) is None:
                 continue
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, copy)
-            sync_file(copy)
-            problem = damage(copy, expected)
-            if problem is not None:
-                raise UserError(f"{source}: {problem}")
+            copy_verified(source / name, copy, expected)
         publish(partial, target, files)
 
 

@@ -7,8 +7,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any
 
-from dskd.config.errors import UserError
-from dskd.engine.files import as_user_error, damage, publish, read_manifest, sync_file
+from dskd.engine.files import as_user_error, copy_verified, publish, read_manifest
 
 
 class Delivery:
@@ -30,11 +29,11 @@ class Delivery:
 
     def file(self, path: Path, expected: dict[str, Any]) -> None:
         """Bring a file that was written to `local(path)`; `expected` are its size and sha256."""
-        self.submit(lambda: copy_file(self.local(path), path, expected))
+        self.submit(lambda: move_file(self.local(path), path, expected))
 
     def folder(self, path: Path) -> None:
         """Bring a folder with a MANIFEST.json that was written to `local(path)`: whole or not at all."""
-        self.submit(lambda: copy_folder(self.local(path), path))
+        self.submit(lambda: move_folder(self.local(path), path))
 
     def submit(self, copy: Callable[[], None]) -> None:
         if self.scratch is not None:
@@ -53,22 +52,16 @@ class Delivery:
             copy.result()
 
 
-def copy_file(source: Path, target: Path, expected: dict[str, Any]) -> None:
-    """Move a file to another disk. Raises `UserError` where it does not arrive as it was."""
+def move_file(source: Path, target: Path, expected: dict[str, Any]) -> None:
     with as_user_error(target):
-        shutil.copyfile(source, target)
-        sync_file(target)
-        problem = damage(target, expected)
-        if problem is not None:
-            raise UserError(f"{target}: damaged on its way from {source}: {problem}")
+        copy_verified(source, target, expected)
         source.unlink()
 
 
-def copy_folder(source: Path, target: Path) -> None:
+def move_folder(source: Path, target: Path) -> None:
     files, temporary = read_manifest(source), target.with_name(f".{target.name}.copy")
     with as_user_error(temporary):
         for name, expected in files.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(source / name, temporary / name, expected)
+            move_file(source / name, temporary / name, expected)
         publish(temporary, target, files)
         shutil.rmtree(source)

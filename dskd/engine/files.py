@@ -116,6 +116,16 @@ def damage(file: Path, expected: Mapping[str, Any]) -> str | None:
         return f"{file.name} cannot be read: {error.strerror}"
 
 
+def copy_verified(source: Path, target: Path, expected: Mapping[str, Any]) -> None:
+    """Copy a file to another disk. Raises `UserError` where it does not arrive as its manifest describes it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    sync_file(target)
+    problem = damage(target, expected)
+    if problem is not None:
+        raise UserError(f"{target}: not what it should be as a copy of {source}: {problem}")
+
+
 def sha256(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
