@@ -8,7 +8,7 @@ from dskd.config.data import DataConfig
 from dskd.config.engine import EngineConfig
 from dskd.config.errors import UserError, require
 from dskd.config.launch import LaunchConfig
-from dskd.config.methods import MethodConfig
+from dskd.config.methods import DualSpaceConfig, MethodConfig
 from dskd.config.models import StudentConfig, TeacherConfig
 from dskd.config.training import CheckpointConfig, EvalConfig, TrainConfig
 
@@ -92,6 +92,20 @@ def accumulation_steps(run: RunConfig, world_size: int) -> int:
             f"train.micro_batch_size {run.train.micro_batch_size}; a multiple of {per_pass} is allowed"
         )
     return run.train.global_batch_size // per_pass
+
+
+def models_of(run: RunConfig) -> list[Path]:
+    """The model folders that a run reads."""
+    taught = run.teacher is not None and run.method.teacher != "none"
+    teacher = [run.teacher.path, run.teacher.adapter] if taught and run.teacher is not None else []
+    projectors = run.method.projectors_from if isinstance(run.method, DualSpaceConfig) else None
+    return [path for path in (run.student.path, *teacher, projectors) if path is not None]
+
+
+def written_folders(run: RunConfig) -> list[Path]:
+    """The folders outside of any other that a run writes to."""
+    found = (run.output.root, run.checkpoint.scratch_dir, run.data.cache_dir)
+    return [path for path in found if path is not None]
 
 
 def check_paths(run: RunConfig, coming: Collection[Path] = ()) -> None:

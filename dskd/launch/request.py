@@ -9,7 +9,7 @@ from pathlib import Path
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError, require
 from dskd.config.load import to_yaml
-from dskd.config.run import RunConfig, accumulation_steps, check_paths
+from dskd.config.run import RunConfig, accumulation_steps, check_paths, models_of, written_folders
 from dskd.launch.container import rank_command
 
 STATE_BYTES = 7
@@ -50,7 +50,7 @@ def train_request(run: RunConfig, cluster: ClusterConfig, coming: Collection[Pat
             cluster,
             ("train", str(run.directory / "job" / "run.yaml")),
             inputs(run),
-            [run.output.root],
+            written_folders(run),
             f"{os.getuid()}:{os.getgid()}",
         ),
         nodes=run.launch.nodes,
@@ -82,8 +82,7 @@ def evaluate_request(
 
 def inputs(run: RunConfig) -> list[Path]:
     """The folders that a run reads."""
-    teacher = [run.teacher.path, *([run.teacher.adapter] if run.teacher.adapter else [])] if run.teacher else []
-    return [run.student.path, *teacher, run.data.train.parent, run.data.dev.parent]
+    return [*models_of(run), run.data.train.parent, run.data.dev.parent]
 
 
 def check(request: Request, cluster: ClusterConfig, read: Iterable[Path]) -> None:
