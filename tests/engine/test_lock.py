@@ -42,7 +42,7 @@ def test_a_killed_holder_holds_nothing(holder, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     with lock.held(tmp_path, pytest.fail):
-        pass
+        assert json.loads((tmp_path / ".lock" / "holder").read_text())["pid"] == os.getpid()
 
 
 def test_what_is_left_does_not_count_as_a_run(tmp_path):

@@ -2,12 +2,12 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from disks import disk_of
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -162,13 +162,8 @@ def test_no_permission_in_the_output_folder_is_one_line(make_run, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 200 kB: room for the log, not for a model."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small tmpfs is not allowed here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disk_of("200k", tmp_path / "disk") as folder:
+        yield folder
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_model(make_run, tmp_path, small_disk):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from compare import figures, lines, newest_state, steps
+from disks import disk_of
 from starts import Start, finish
 
 from dskd.launch.local import rank_environment
@@ -135,13 +136,8 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(small_run, who
 @pytest.fixture
 def disk(tmp_path):
     """A file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disk_of("20m", tmp_path / "disk") as folder:
+        yield folder
 
 
 def test_a_full_disk(small_run, whole, disk, tmp_path):

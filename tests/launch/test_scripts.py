@@ -43,20 +43,23 @@ def rendered(cluster: ClusterConfig, count: int = 1, after: tuple[str, ...] = ()
     return text.replace(sys.executable, "PYTHON")
 
 
-def compare(name: str, text: str) -> None:
+def golden(name: str, text: str) -> str:
+    """What the golden file holds; with UPDATE_GOLDEN it is given this text first."""
     file = GOLDEN / f"{name}.sh"
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(text)
-    assert text == file.read_text()
+    return file.read_text()
 
 
 @pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
 def test_the_script_of_each_profile(file):
-    compare(file.stem, rendered(load(file, ClusterConfig)))
+    text = rendered(load(file, ClusterConfig))
+    assert text == golden(file.stem, text)
 
 
 def test_the_script_of_an_array_that_waits_for_other_jobs():
-    compare("array", rendered(ClusterConfig(gpus_per_node=1), 20, after=("11", "12")))
+    text = rendered(ClusterConfig(gpus_per_node=1), 20, after=("11", "12"))
+    assert text == golden("array", text)
 
 
 def test_every_runtime_has_an_example():
