@@ -1,88 +1,35 @@
-"""The training run: `train` is the loop, `train_step` one optimizer step, `prepare` what stands before both."""
+"""The training run: `train` is the loop, `train_step` one optimizer step."""
 
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from dskd.config.errors import UserError
-from dskd.config.methods import MethodConfig, SftConfig, TeacherNeed
-from dskd.config.run import RunConfig, accumulation_steps
+from dskd.config.run import RunConfig
 from dskd.config.training import TrainConfig
-from dskd.data.alignment import aligner
 from dskd.data.batch import Batch
-from dskd.data.loader import Collator, Plan, Steps, evaluation_batches, load_steps
-from dskd.data.records import Record, read_records
-from dskd.data.tokenization import Limits, check_tokenizer
-from dskd.data.vocabulary_map import exact_ids, load_or_build
-from dskd.engine import randomness
+from dskd.data.loader import Steps, evaluation_batches, load_steps
 from dskd.engine.checkpoint import Saved, Scores, best_of, model_name
 from dskd.engine.distributed import Ranks
 from dskd.engine.keeper import Keeper, opened
-from dskd.engine.metrics import LOG, Monitor, progress_bar
+from dskd.engine.metrics import LOG, Monitor
 from dskd.engine.preemption import Stopped, ignore_signals
 from dskd.engine.state import Progress
 from dskd.engine.watch import watching
 from dskd.engine.zero import (
-    build_engine,
-    deepspeed_config,
     gathered,
-    partitioned_loading,
     set_learning_rates,
     step_at_boundary,
 )
 from dskd.evaluate import answer_all, mean_scores
-from dskd.losses import METHODS
-from dskd.losses.method import Method
-from dskd.losses.sft import Sft
 from dskd.losses.tensors import LossOutput, Scale, Sum, Tokens
-from dskd.models.load import load_projectors, load_student, load_teacher, load_tokenizer
-from dskd.models.views import ModelView, check_view, check_vocabulary
-
-
-class Distiller(nn.Module):
-    """What DeepSpeed trains: the student, and the method with its projectors. The teacher is not in it."""
-
-    def __init__(self, student: nn.Module, view: ModelView, method: Method, memory_mb: int) -> None:
-        super().__init__()
-        self.student, self.method = student, method
-        self.cross_entropy = Sft(SftConfig(), view, None, memory_mb)
-        self._view = (view,)  # in a tuple: the view's modules are the student's
-
-    def forward(self, batch: Batch, teacher: Tokens | None, scale: Scale) -> LossOutput:
-        """The method's loss while training, plain cross-entropy in evaluation."""
-        student = self._view[0].tokens(batch.student)
-        loss: LossOutput = (self.method if self.training else self.cross_entropy)(student, teacher, scale)
-        return loss
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything a run needs beside its settings."""
-
-    run: RunConfig
-    ranks: Ranks
-    engine: Any
-    """DeepSpeed's, around a Distiller."""
-    view: ModelView
-    """The student's."""
-    teacher: ModelView | None
-    plan: Plan
-    train: Collator
-    dev: Collator
-    total_steps: int
-
-    @property
-    def distiller(self) -> Distiller:
-        module: Distiller = self.engine.module
-        return module
+from dskd.models.views import ModelView
+from dskd.prepare import Prepared, kinds_for, prepare
 
 
 def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
@@ -312,82 +259,3 @@ def announce(job: Prepared, progress: Progress, notes: Sequence[str]) -> None:
         LOG.info(
             f"method.kind: {run.method.kind} is for two vocabularies, and these two models share one: {fitting} fit"
         )
-
-
-def prepare(run: RunConfig, ranks: Ranks) -> Prepared:
-    """Read the data, load the models, build the engine, and check that all of it fits together."""
-    accumulation = accumulation_steps(run, ranks.world_size)
-    limits = Limits(run.data.max_length, run.data.max_prompt_length, run.data.bos)
-    train_records, dev_records = read_records(run.data.train), read_records(run.data.dev)
-    plan = plan_of(run, train_records)
-    tokenizer = load_tokenizer(run.student.path, "student.path", run.student.trust_remote_code)
-    check_tokenizer(tokenizer, limits, "student.path")
-    torch.manual_seed(run.train.seed)
-
-    teacher, other_tokenizer, student_ids = None, None, None
-    if run.teacher is not None and run.method.teacher != "none":
-        teacher_tokenizer = load_tokenizer(run.teacher.path, "teacher.path", run.teacher.trust_remote_code)
-        check_tokenizer(teacher_tokenizer, limits, "teacher.path")
-        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
-            other_tokenizer = teacher_tokenizer
-            refuse_other_vocabulary(run.method)
-            student_ids = aligned_vocabulary(run, teacher_tokenizer, tokenizer, ranks)
-        teacher = ModelView(load_teacher(run.teacher, run.engine.precision, ranks.device), "teacher.path")
-        check_vocabulary(teacher, teacher_tokenizer)
-        check_view(teacher)
-
-    config = deepspeed_config(run, ranks.world_size, accumulation)
-    with partitioned_loading(config):
-        student = load_student(run.student, run.engine.precision, run.engine.gradient_checkpointing)
-    view = ModelView(student, "student.path")
-    check_vocabulary(view, tokenizer)
-    if getattr(run.method, "projectors_only", False):
-        student.requires_grad_(False)
-    with gathered(view.output):
-        method = METHODS[run.method.kind](run.method, view, teacher, run.engine.loss_memory_mb, student_ids)
-    load_projectors(method, getattr(run.method, "projectors_from", None))
-    engine = build_engine(Distiller(student, view, method, run.engine.loss_memory_mb), method, run, config)
-    check_view(view)
-    engine.train()  # transformers loads models for evaluation, without dropout
-    randomness.seed(run.train.seed + ranks.rank)  # dropout differs between the ranks
-    total_steps = plan.steps_per_epoch * run.train.epochs
-    total_steps = min(total_steps, run.train.max_steps or total_steps)
-    align = aligner(run.method.alignment, other_tokenizer, tokenizer) if other_tokenizer is not None else None
-    train_data = Collator(train_records, tokenizer, other_tokenizer, limits, align)
-    dev_data = Collator(dev_records, tokenizer, None, limits)
-    return Prepared(run, ranks, engine, view, teacher, plan, train_data, dev_data, total_steps)
-
-
-def plan_of(run: RunConfig, records: Sequence[Record]) -> Plan:
-    size = run.train.global_batch_size
-    if len(records) < size:
-        raise UserError(f"train.global_batch_size: {size} is more than the {len(records)} records of {run.data.train}")
-    sizes = tuple(len(record.prompt) + len(record.outputs[0]) for record in records)
-    return Plan(sizes, run.train.seed, size, run.train.micro_batch_size)
-
-
-def refuse_other_vocabulary(method: MethodConfig) -> None:
-    if method.teacher == "same_vocabulary":
-        raise UserError(
-            f"method.kind: {method.kind} needs one vocabulary, and student and teacher have different tokenizers; "
-            f"methods for two: {', '.join(kinds_for('any'))}"
-        )
-
-
-def kinds_for(teacher: TeacherNeed) -> list[str]:
-    return sorted(kind for kind, other in MethodConfig.kinds.items() if other.teacher == teacher)
-
-
-def aligned_vocabulary(run: RunConfig, teacher: Any, student: Any, ranks: Ranks) -> Tensor | None:
-    """The student's token of each teacher token, [V] or -1, where the method needs it; made by the main rank."""
-    if run.method.alignment == "none":
-        return None
-    if run.method.alignment == "exact":
-        return torch.from_numpy(exact_ids(teacher, student))
-    folder = run.data.cache_dir or run.output.root / "cache"
-    for turn in (True, False):  # the main rank makes it, the others read it
-        if ranks.is_main is turn:
-            with progress_bar("vocabulary map") as progress:
-                found = load_or_build(folder, teacher, student, progress)
-        ranks.barrier()
-    return torch.from_numpy(found.student_ids.astype(np.int64))

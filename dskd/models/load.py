@@ -104,10 +104,8 @@ def merge_adapter(model: Any, adapter: Path, key: str) -> Any:
         raise UserError(f"{key}: the adapter in {adapter} does not fit the model: {first_line(error)}") from None
 
 
-def load_projectors(method: nn.Module, folder: Path | None) -> None:
+def load_projectors(method: nn.Module, folder: Path) -> None:
     """Give a method the projectors of a saved model. Raises `UserError` where they do not fit."""
-    if folder is None:
-        return
     file = folder / "projectors.safetensors"
     if not file.is_file():
         raise UserError(f"method.projectors_from: no projectors.safetensors in {folder}")

@@ -21,7 +21,8 @@ from dskd.engine import distributed, state
 from dskd.engine.delivery import Delivery
 from dskd.engine.distributed import Ranks
 from dskd.launch.local import free_port, rank_environment
-from dskd.train import prepare, train_step
+from dskd.prepare import prepare
+from dskd.train import train_step
 
 INTERVAL = 50
 

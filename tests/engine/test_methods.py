@@ -12,7 +12,8 @@ import pytest
 from dskd.config.load import load_run
 from dskd.launch.local import free_port, rank_environment
 from dskd.losses import METHODS
-from dskd.train import prepare, train_step
+from dskd.prepare import prepare
+from dskd.train import train_step
 
 WORKER = Path(__file__).parent / "all_methods.py"
 

@@ -19,7 +19,8 @@ from dskd.losses.cross_entropy import cross_entropy
 from dskd.losses.method import Method, finish
 from dskd.losses.streaming import StreamedLogits, stream
 from dskd.losses.tensors import Sum
-from dskd.train import learning_rates, prepare, train, train_step
+from dskd.prepare import prepare
+from dskd.train import learning_rates, train, train_step
 
 
 class Largest(TorchDispatchMode):
