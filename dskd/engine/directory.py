@@ -69,6 +69,8 @@ def keep_models(directory: Path, kept: tuple[Saved, ...]) -> None:
         link = directory / f".{BEST}"
         link.unlink(missing_ok=True)
         link.symlink_to(kept[0].folder.name)
+        if (directory / BEST).is_dir() and not (directory / BEST).is_symlink():
+            shutil.rmtree(directory / BEST)  # the run was copied with its links followed: a second copy of a model
         link.replace(directory / BEST)
     names = {saved.folder.name for saved in kept}
     for folder in directory.glob("epoch*_step*"):

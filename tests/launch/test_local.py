@@ -118,7 +118,9 @@ def test_a_rank_that_a_signal_ends_makes_the_run_unfinished(start, name):
 
 
 def test_where_one_rank_is_killed_the_others_show_their_stacks(start):
-    done = start(f"trap 'echo at line 7' QUIT\ntest $RANK = 2 && {{ sleep 0.2; kill -KILL $$; }}\n{FOREVER}", 3)
+    die = "until test -e ready0 && test -e ready1; do sleep 0.1; done; kill -KILL $$"
+    script = f"trap 'echo at line 7' QUIT\necho > ready$RANK\ntest $RANK = 2 && {{ {die}; }}\n{FOREVER}"
+    done = start(script, 3)
     out, error = done.communicate(timeout=20)
     assert out == "at line 7\n"  # rank 0 writes to the terminal itself
     assert "rank 1 was here:\nat line 7" in error
