@@ -33,6 +33,7 @@ RUN --mount=type=bind,source=docker/requirements.txt,target=/requirements.txt \
 FROM packages AS wheel
 COPY pyproject.toml README.md /source/
 COPY jobs /source/jobs
+COPY slurm/clusters /source/slurm/clusters
 COPY dskd /source/dskd
 RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --no-cache-dir --wheel-dir /wheel /source \
     && /opt/tools/bin/pip --python /opt/dskd/bin/python install --no-deps --no-index --no-cache-dir --root /install /wheel/*.whl
