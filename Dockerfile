@@ -26,8 +26,9 @@ RUN --mount=type=bind,source=docker/requirements.txt,target=/requirements.txt \
     if command -v nvcc; then export DS_ACCELERATOR=cuda DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1; fi \
     && /opt/tools/bin/pip --python /opt/dskd/bin/python install --require-hashes --no-deps --no-build-isolation \
     --no-cache-dir --requirement /requirements.txt \
-    && if command -v nvcc; then grep "'cpu_adam': True.*'fused_adam': True" \
-    /opt/dskd/lib/python3*/site-packages/deepspeed/git_version_info_installed.py; fi
+    && if command -v nvcc; then \
+    ls /opt/dskd/lib/python3*/site-packages/deepspeed/ops/adam/cpu_adam_op*.so \
+    /opt/dskd/lib/python3*/site-packages/deepspeed/ops/adam/fused_adam_op*.so; fi
 
 # dskd itself, apart from the packages: a change of its source copies and installs nothing but its own few files.
 FROM packages AS wheel
