@@ -145,9 +145,14 @@ class Record:
         """Step of the last complete state, 0 without one."""
         return step_of(self.state())
 
+    def rougel(self) -> float | None:
+        """ROUGE-L of a finished evaluation."""
+        results = _read_json(self.directory / "results.json")
+        return None if results is None else float(results["rougel"]["mean"])
+
     def is_complete(self) -> bool:
         """Whether a run has made its last step, or an evaluation has its results."""
-        if (self.directory / "results.json").is_file():
+        if self.rougel() is not None:
             return True
         state = _read_json(self.directory / "resume" / self.state() / "state.json") or {}
         return bool(state.get("finished"))

@@ -36,6 +36,8 @@ class Status:
     """Why the run was started again, in order."""
     state_step: int
     """Step of the last complete state."""
+    rougel: float | None
+    """Of a finished evaluation."""
 
 
 def submitted_under(root: Path) -> list[Path]:
@@ -106,6 +108,7 @@ def status_of(
         seconds_left=seconds if state == "running" else None,
         restarts=tuple(start.reason for start in starts if start.outcome in ("again", "lost")),
         state_step=record.state_step(),
+        rougel=record.rougel(),
     )
 
 

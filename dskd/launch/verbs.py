@@ -86,7 +86,7 @@ def show_status(directories: Sequence[Path] | None) -> None:
 
 
 def describe(status: Status) -> str:
-    """One run in a few lines."""
+    """One run, or one evaluation, in a few lines."""
     of = f"/{status.total_steps}" if status.total_steps else ""
     figures = [f"step {status.step}{of}"]
     if status.tokens_per_second is not None:
@@ -94,6 +94,8 @@ def describe(status: Status) -> str:
     if status.seconds_left is not None:
         figures.append(f"about {status.seconds_left / 60:.1f} min left")
     figures.append(f"last state at step {status.state_step}" if status.state_step else "no state yet")
+    if status.rougel is not None:  # an evaluation has no steps
+        figures = [f"ROUGE-L {status.rougel:.2f}"]
     where = f" on {status.nodes}" if status.nodes else ""
     note = f" ({status.note})" if status.note else ""
     lines = [f"{shown_path(status.directory)}", f"  job {status.job} {status.state}{where}{note}"]

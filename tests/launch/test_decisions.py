@@ -125,6 +125,12 @@ def test_a_complete_run_or_evaluation_is_recognised(record):
     state(record, 20, finished=True)
     assert record.is_complete()
     assert record.state_step() == 20
+    evaluation = Record(record.directory / "eval" / "dev" / "seed1")
+    evaluation.directory.mkdir(parents=True)
+    assert not evaluation.is_complete()
+    (evaluation.directory / "results.json").write_text('{"rougel": {"mean": 12.5}}')
+    assert evaluation.is_complete()
+    assert evaluation.rougel() == 12.5
 
 
 def test_jobs_with_near_ids_have_different_ports():

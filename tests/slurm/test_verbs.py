@@ -99,6 +99,7 @@ stages:
         wait_for(directory, "finished")
         found = json.loads((directory / "results.json").read_text())
         assert found["checkpoint"].endswith("dskd_cma/student/best")
+        assert f"\n  ROUGE-L {found['rougel']['mean']:.2f}\n" in dskd("status", directory)
     again = dskd("pipeline", pipeline, "--cluster", local)
     assert "job " not in again
     assert "4 of 4 complete already" in again
