@@ -4,7 +4,7 @@
 # make image        the Docker image
 # make test-image   builds it on a local base, and runs, stops and resumes it; needs root on Debian or Ubuntu
 # make test-slurm   tests on a real Slurm cluster on this machine; needs root on Debian or Ubuntu
-# make bench        losses, a step, alignments and saving against their dense or plain forms; half an hour
+# make bench        losses, a step, alignments and saving against their dense or plain forms; forty minutes
 # All set up what they need in .venv on their first run; make image needs docker alone.
 
 PYTHON ?= python3

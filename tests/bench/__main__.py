@@ -80,7 +80,7 @@ def tables(results: dict) -> list[Table]:
         aligned.add_row(tokens, *row)
     saving = Table("saving the state", "s", "MiB", "step s", "share at 50 steps")
     case = results["saving"]
-    share = f"{100 * case['share_at_50_steps']:.1f} %"
+    share = f"{100 * case['share_at_50_steps']:.2f} %"
     size = f"{case['state_bytes'] / 2**20:.0f}"
     saving.add_row("dskd_cma", f"{case['save_seconds']:.2f}", size, f"{case['step_seconds']:.2f}", share)
     return [heads, step, aligned, saving]

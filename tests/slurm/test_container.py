@@ -34,6 +34,7 @@ def docker(tmp_path_factory) -> Iterator[Path]:
         finally:
             engine.terminate()
             engine.wait(60)
+            subprocess.run(["umount", "--quiet", f"{folder}/exec/netns/default"])  # the engine leaves it mounted
 
 
 @pytest.fixture(scope="module")
