@@ -1,10 +1,11 @@
 """One entry point: dskd VERB. A verb's modules are imported only when it runs, so that help answers at once."""
 
+import logging
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -37,7 +38,19 @@ def main() -> None:
         app(args=join_numbers(sys.argv[1:]), prog_name="dskd")
     except UserError as error:
         print(f"dskd: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    except SystemExit as end:
+        leave(end.code)
+
+
+def leave(code: str | int | None) -> NoReturn:
+    """End this process. A rank skips the interpreter's own end, which a thread of torch may abort (signal 6)."""
+    if "RANK" not in os.environ or isinstance(code, str):
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def join_numbers(arguments: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,16 @@ def test_an_unknown_verb_or_option_has_code_2():
     done = dskd("evaluate", "--nope")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["settings", "train.lr"], 0), (["settings", "trian"], 2)])
+def test_a_rank_ends_with_its_code_whatever_happens_at_the_end_of_the_interpreter(arguments, code):
+    program = "import atexit, os; atexit.register(os.abort); from dskd.cli import main; main()"
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RANK": "0"})
+    assert done.returncode == code
+    assert ("train.lr" if code == 0 else "dskd: settings: no key begins with") in done.stdout + done.stderr
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGABRT  # what would have happened
 
 
 def test_importing_the_command_line_imports_no_heavy_package():
