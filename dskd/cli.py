@@ -135,9 +135,6 @@ def start_training(run: "RunConfig", force: bool) -> None:
     except Stopped:
         distributed.stop()
         raise SystemExit(UNFINISHED) from None
-    except UserError:
-        distributed.stop()  # threads of an open process group may abort the exit, which would hide its code
-        raise
     except RuntimeError as error:
         if watch.is_lost_peer(error):
             traceback.print_exc()

@@ -17,8 +17,6 @@ TAIL_LINES = 30
 MOST_BYTES = 100_000
 STOP_SECONDS = 20.0
 """How long ranks may differ in the time they need to stop."""
-STACK_SECONDS = 2.0
-"""How long a rank gets to write its stack, on a busy machine as well."""
 
 
 def free_port() -> int:
@@ -111,7 +109,7 @@ def show_stacks(ranks: Sequence[subprocess.Popen[bytes]], outputs: Sequence[IO[b
     for _, _, process in running:
         process.send_signal(signal.SIGQUIT)
     if running:
-        time.sleep(STACK_SECONDS)
+        time.sleep(1.0)
     for (rank, output, _), size in zip(running, before, strict=True):
         if output is not None:
             text = os.pread(output.fileno(), MOST_BYTES, size).decode(errors="replace")

@@ -87,22 +87,26 @@ def show_status(directories: Sequence[Path] | None) -> None:
 
 def describe(status: Status) -> str:
     """One run, or one evaluation, in a few lines."""
-    of = f"/{status.total_steps}" if status.total_steps else ""
-    figures = [f"step {status.step}{of}"]
-    if status.tokens_per_second is not None:
-        figures.append(f"{status.tokens_per_second:.0f} tokens/s")
-    if status.seconds_left is not None:
-        figures.append(f"about {status.seconds_left / 60:.1f} min left")
-    figures.append(f"last state at step {status.state_step}" if status.state_step else "no state yet")
-    if status.rougel is not None:  # an evaluation has no steps
-        figures = [f"ROUGE-L {status.rougel:.2f}"]
     where = f" on {status.nodes}" if status.nodes else ""
     note = f" ({status.note})" if status.note else ""
     lines = [f"{shown_path(status.directory)}", f"  job {status.job} {status.state}{where}{note}"]
-    lines.append(f"  {', '.join(figures)}")
+    lines.append(f"  {', '.join(figures(status))}")
     if status.restarts:
         lines.append(f"  started again {len(status.restarts)} times: {', '.join(status.restarts)}")
     return "\n".join(lines)
+
+
+def figures(status: Status) -> list[str]:
+    """How far a run is, or the score of an evaluation, which has no steps."""
+    if status.rougel is not None:
+        return [f"ROUGE-L {status.rougel:.2f}"]
+    of = f"/{status.total_steps}" if status.total_steps else ""
+    found = [f"step {status.step}{of}"]
+    if status.tokens_per_second is not None:
+        found.append(f"{status.tokens_per_second:.0f} tokens/s")
+    if status.seconds_left is not None:
+        found.append(f"about {status.seconds_left / 60:.1f} min left")
+    return [*found, f"last state at step {status.state_step}" if status.state_step else "no state yet"]
 
 
 def shown_path(path: Path) -> Path:
