@@ -38,6 +38,8 @@ class Runs:
 
     undisturbed: Path
     preempted: Path
+    ranks: list[dict[str, str]]
+    """The environments of its ranks, in their order."""
     on_a_killed_node: Path
     killed_node: str
     array: list[Path]
@@ -58,6 +60,7 @@ def runs(slurm, profile, make_run, tmp_path_factory):
     (killed,) = submit(run, "--cluster", others, *long, "train.epochs=20", "eval.every_epochs=20", "output.name=killed")
     node = kill_a_node(slurm, wait_for(killed, "running", step=11).nodes)  # the state of step 10 is whole then
     wait_for(preempted, "running", step=3)
+    ranks = rank_environments(preempted)
     command = ["sbatch", "--partition=high", "--nodelist=node[1-2]", "--nodes=2", "--exclusive", "--time=5"]
     subprocess.run([*command, "--output=/dev/null", "--wrap=sleep 5"], check=True, capture_output=True)
     (undisturbed,) = submit(run, "--cluster", two_nodes, "output.name=undisturbed")
@@ -70,7 +73,7 @@ def runs(slurm, profile, make_run, tmp_path_factory):
     array = submit(*files, "--cluster", others, "--parallel", 4, *alone, "train.max_steps=2")
     wait_until(lambda: len(Record(killed).starts()) == 2, 200)
     bring_up(slurm)
-    return Runs(undisturbed, preempted, killed, node, array)
+    return Runs(undisturbed, preempted, ranks, killed, node, array)
 
 
 def kill_a_node(slurm: Path, nodes: str) -> str:
@@ -81,8 +84,7 @@ def kill_a_node(slurm: Path, nodes: str) -> str:
 
 
 def test_ranks_find_each_other(runs):
-    wait_for(runs.undisturbed, "running", step=1)
-    ranks = rank_environments(runs.undisturbed)
+    ranks = runs.ranks
     assert [(e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"]) for e in ranks] == [
         (str(i), str(i % 2), "4") for i in range(4)
     ]
