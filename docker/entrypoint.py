@@ -67,14 +67,15 @@ def job_of(arguments: Sequence[str]) -> Job | None:
     if not arguments or arguments[0] not in ("train", "resume", "evaluate"):
         return None
     from dskd.config.errors import UserError  # here: help is to answer at once
-    from dskd.config.load import load_run, override, run_in
+    from dskd.config.load import load_run, override
+    from dskd.rundir.read import read_run
 
     try:
         match [word for word in arguments if word != "--force"]:
             case ["train", file, *overrides]:
                 return job_of_run(load_run(Path(file), overrides))
             case ["resume", directory, *overrides]:
-                return job_of_run(override(run_in(Path(directory)), overrides))
+                return job_of_run(override(read_run(Path(directory)), overrides))
             case ["evaluate", folder, *options]:
                 processes = option(options, "--processes")
                 return Job(int(processes) if processes else None, 0, Path(option(options, "--output") or folder))

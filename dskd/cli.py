@@ -1,21 +1,16 @@
 """One entry point: dskd VERB. A verb's modules are imported only when it runs, so that help answers at once."""
 
-import logging
 import os
 import sys
-import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from dskd import __version__
 from dskd.config.errors import UserError
-from dskd.config.stopping import UNFINISHED
 from dskd.config.training import GenerationConfig
-
-if TYPE_CHECKING:
-    from dskd.config.run import RunConfig
+from dskd.start import leave
 
 app = typer.Typer(
     help="Distil a large language model into a small one, white-box, whatever the two vocabularies are.",
@@ -41,16 +36,6 @@ def main() -> None:
         leave(2)
     except SystemExit as end:
         leave(end.code)
-
-
-def leave(code: str | int | None) -> NoReturn:
-    """End this process. A rank skips the interpreter's own end, which a thread of torch may abort (signal 6)."""
-    if "RANK" not in os.environ or isinstance(code, str):
-        sys.exit(code)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
 
 
 def join_numbers(arguments: list[str]) -> list[str]:
@@ -92,6 +77,7 @@ def train(
     is not finished and goes on when the same command is run again.
     """
     from dskd.config.load import load_run
+    from dskd.start import start_training
 
     start_training(load_run(run_file, overrides or []), force)
 
@@ -106,41 +92,17 @@ def resume(
     ] = False,
 ) -> None:
     """Go on with a run that was stopped, from its directory alone: here, or on the cluster that it was submitted to."""
-    from dskd.config.load import override, run_in
+    from dskd.config.load import override
+    from dskd.rundir.layout import RunDirectory
+    from dskd.rundir.read import read_run
 
-    if not here and "RANK" not in os.environ and (run_directory / "job" / "job.json").is_file():
+    if not here and "RANK" not in os.environ and RunDirectory(run_directory).job.submission.is_file():
         from dskd.launch.verbs import resubmit
 
         return resubmit(run_directory, overrides or [], force)
-    start_training(override(run_in(run_directory), overrides or []), force)
+    from dskd.start import start_training
 
-
-def start_training(run: "RunConfig", force: bool) -> None:
-    from dskd.config.run import accumulation_steps, check_paths
-    from dskd.engine import watch
-    from dskd.engine.preemption import Stopped, watch_signals
-
-    check_paths(run)
-    if "RANK" not in os.environ:
-        processes = run.launch.processes or gpus()
-        accumulation_steps(run, processes)
-        start_ranks(processes)
-    flags = watch_signals()
-    watch.show_stacks_on_request()
-    from dskd.engine import distributed
-    from dskd.train import train as train_here
-
-    try:
-        train_here(run, distributed.start(flags), force)
-    except Stopped:
-        distributed.stop()
-        raise SystemExit(UNFINISHED) from None
-    except RuntimeError as error:
-        if watch.is_lost_peer(error):
-            traceback.print_exc()
-            watch.end_here("another rank is gone")
-        raise
-    distributed.stop()
+    start_training(override(read_run(run_directory), overrides or []), force)
 
 
 @app.command()
@@ -152,7 +114,7 @@ def collect(
     from rich.console import Console
     from rich.table import Table
 
-    from dskd.engine.collect import collect as collect_into
+    from dskd.rundir.collect import collect as collect_into
 
     table = Table("model", "step", "dev loss", "ROUGE-L", "MB", box=None, pad_edge=False, header_style="bold")
     for model in collect_into(run_directories, to):
@@ -190,13 +152,16 @@ def evaluate(
         raise UserError(f"--precision: allowed: bf16, fp32; got {precision!r}")
     check_checkpoint(checkpoint)
     settings = GenerationConfig(greedy, temperature, top_p, max_length, max_prompt_length, batch_size)
+    from dskd.start import gpus, start_ranks
+
     if "RANK" not in os.environ:
         start_ranks(processes or gpus())
     from dskd.engine import distributed
     from dskd.evaluate import evaluate as evaluate_here
+    from dskd.rundir.layout import evaluation_of
 
     ranks = distributed.start()
-    folder = output or checkpoint / "eval" / data.stem
+    folder = output or evaluation_of(checkpoint, data)
     results = evaluate_here(checkpoint, data, numbers, settings, precision, folder, ranks, bos)
     if ranks.is_main:
         for name, label in (("rougel", "ROUGE-L"), ("exact_match", "exact match")):
@@ -313,16 +278,14 @@ def settings(
     from rich.console import Console
     from rich.table import Table
 
-    from dskd.config import describe
     from dskd.config.cluster import ClusterConfig
     from dskd.config.run import RunConfig
+    from dskd.config.settings import list_settings
 
     kind = ClusterConfig if cluster else RunConfig
-    found = describe.settings(prefix, kind)
+    found = list_settings(prefix, kind)
     if not found:
-        areas = ", ".join(
-            dict.fromkeys(s.key.partition(".")[0].partition("(")[0] for s in describe.settings(kind=kind))
-        )
+        areas = ", ".join(dict.fromkeys(s.key.partition(".")[0].partition("(")[0] for s in list_settings(kind=kind)))
         raise UserError(f"settings: no key begins with {prefix!r}; areas: {areas}")
     table = Table("key", "type", "default", "help", box=None, pad_edge=False, header_style="bold")
     for setting in found:
@@ -366,19 +329,3 @@ def quickstart(
     from dskd.quickstart import quickstart as run_quickstart
 
     run_quickstart(output, processes)
-
-
-def gpus() -> int:
-    """One process for each visible GPU, or one without a GPU."""
-    from dskd.engine.distributed import visible_gpus
-
-    return max(1, visible_gpus())
-
-
-def start_ranks(processes: int) -> None:
-    """Run this very command as several ranks and leave with their exit code; one process is this one."""
-    from dskd.launch.local import free_port, rank_environment, run_processes
-
-    if processes > 1:
-        raise SystemExit(run_processes(sys.argv[1:], processes))
-    os.environ |= rank_environment(0, 1, free_port())

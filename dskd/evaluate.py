@@ -4,24 +4,22 @@ import json
 import statistics
 import string
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import cattrs
 import torch
-from peft import PeftModel
 from rouge_score.rouge_scorer import RougeScorer
-from torch import Tensor, nn
-from transformers import GenerationConfig as HfGenerationConfig
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dskd.config.training import GenerationConfig
 from dskd.data.records import Record, read_records
 from dskd.data.tokenization import Limits, Tokenizer, check_tokenizer, tokenize_prompt
 from dskd.engine.distributed import Ranks
-from dskd.engine.files import as_user_error, write_text
+from dskd.models.generate import generate
 from dskd.models.load import load_checkpoint, load_tokenizer
+from dskd.rundir.files import as_user_error, write_json, write_text
+from dskd.rundir.layout import ANSWERS, RESULTS
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ def answer_all(
                     found.append(Answer(i, seed, records[i].prompt, text, records[i].outputs, *scores))
     ranks.stop_if_asked()  # what the last round generated may be cut short
     model.train(training)
-    everything = [answer for part in ranks.gather(found) for answer in part]
+    gathered = ranks.gather([asdict(answer) for answer in found])
+    everything = [cattrs.structure(answer, Answer) for part in gathered for answer in part]
     assert len({a.index for a in everything}) == len(everything) == len(records)
     return sorted(everything, key=lambda a: a.index)
 
@@ -83,70 +82,6 @@ def rounds(batches: Sequence[Any], ranks: Ranks) -> Iterator[tuple[bool, int]]:
     for first in range(0, len(batches), ranks.world_size):
         own = first + ranks.rank
         yield (True, own) if own < len(batches) else (False, 0)
-
-
-def generate(
-    model: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], settings: GenerationConfig, ranks: Ranks
-) -> list[str]:
-    """Answers to prompts of token ids, padded on the left so that all end where generation begins."""
-    longest = max(1, *(len(p) for p in prompts))
-    # Padding is masked, whatever its id; a prompt without any token starts from one EOS.
-    pad = tokenizer.eos_token_id
-    input_ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        if prompt:
-            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, longest - max(1, len(prompt)) :] = 1
-    # max_length counts a prompt's own tokens, not its padding: each row is cut to what its prompt leaves.
-    budgets = [max(1, settings.max_length - max(1, len(prompt))) for prompt in prompts]
-    sampling = {} if settings.greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    wanted = HfGenerationConfig(
-        max_new_tokens=max(budgets),
-        do_sample=not settings.greedy,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad,
-        use_cache=True,
-        **sampling,
-    )
-    with own_generation_settings(model, wanted):
-        generated = model.generate(
-            input_ids=input_ids.to(ranks.device),
-            attention_mask=attention_mask.to(ranks.device),
-            synced_gpus=is_partitioned(model),
-            stopping_criteria=StoppingCriteriaList([StopWhenAsked(ranks)]),
-        )
-    answers = generated[:, longest:].tolist()
-    cut = [answer[:budget] for answer, budget in zip(answers, budgets, strict=True)]
-    texts: list[str] = tokenizer.batch_decode(cut, skip_special_tokens=True)
-    return texts
-
-
-class StopWhenAsked(StoppingCriteria):  # type: ignore[misc]
-    """Ends generation at the next token when this rank was asked to stop; the answers are not used then."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **unused: Any) -> Tensor:
-        self.ranks.flags.moved()
-        return torch.full((len(input_ids),), self.ranks.flags.stop_requested, device=input_ids.device)
-
-
-@contextmanager
-def own_generation_settings(model: Any, wanted: HfGenerationConfig) -> Iterator[None]:
-    """Inside, nothing of the folder's generation_config.json counts: transformers fills what it is not told from it."""
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    before, causal.generation_config = causal.generation_config, wanted
-    try:
-        yield
-    finally:
-        causal.generation_config = before
-
-
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 shards the model, so that every rank must run as many forwards as the slowest."""
-    return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def score(answer: str, references: Sequence[str], scorer: RougeScorer) -> tuple[float, float]:
@@ -192,8 +127,8 @@ def evaluate(
         with as_user_error(output):
             output.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(asdict(answer), ensure_ascii=False) for answers in by_seed for answer in answers]
-            write_text(output / "answers.jsonl", "\n".join(lines) + "\n")
-            write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+            write_text(output / ANSWERS, "\n".join(lines) + "\n")
+            write_json(output / RESULTS, results)
     ranks.barrier()
     return results
 

@@ -20,7 +20,9 @@ from transformers.utils import logging as hf_logging
 
 from dskd.config.errors import UserError
 from dskd.config.recipes import recipes_folder
-from dskd.engine.files import published
+from dskd.rundir.files import published
+from dskd.rundir.layout import RESULTS, RunDirectory, evaluation_of
+from dskd.rundir.read import read_evaluations
 
 SEED = 10
 METHODS = {"sft": "SFT", "dskd_cma": "DSKD-CMA"}
@@ -125,14 +127,13 @@ def run_method(console: Console, method: str, output: Path, root: Path, name: st
     settings += [f"output.root={root}", f"output.name={name}", f"launch.processes={processes}"]
     with note(console, f"{METHODS[method]}: training"):
         call("train", jobs / f"{method}.yaml", *settings)
-    directory = root / "student" / method / name
-    model = next(path for path in directory.iterdir() if path.name.startswith("epoch"))
+    directory = RunDirectory(root / "student" / method / name)
+    model, _ = next(directory.models())
     greedy = ("--greedy", "--max-length", 64, "--max-prompt-length", 40, "--precision", "fp32", "--batch-size", 48)
     with note(console, f"{METHODS[method]}: answering the test questions"):
         call("evaluate", model, "--data", jobs / "test.jsonl", "--processes", processes, *greedy)
-    results = json.loads((model / "eval" / "test" / "results.json").read_text())
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    best = min((line for line in lines if "dev_loss" in line), key=lambda line: line["dev_loss"])
+    results = json.loads((evaluation_of(model, jobs / "test.jsonl") / RESULTS).read_text())
+    best = min(read_evaluations(directory), key=lambda line: line["dev_loss"])
     return Outcome(
         METHODS[method],
         best["dev_loss"],

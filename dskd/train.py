@@ -9,27 +9,24 @@ from pathlib import Path
 
 import torch
 
+from dskd.assemble import Training, assemble, kinds_for
+from dskd.checkpoint.manager import CheckpointManager, opened
 from dskd.config.errors import UserError
 from dskd.config.run import RunConfig
 from dskd.config.training import TrainConfig
 from dskd.data.batch import Batch
 from dskd.data.loader import Steps, evaluation_batches, load_steps
-from dskd.engine.checkpoint import Saved, Scores, best_of, model_name
 from dskd.engine.distributed import Ranks
-from dskd.engine.keeper import Keeper, opened
 from dskd.engine.metrics import LOG, Monitor
 from dskd.engine.preemption import Stopped, ignore_signals
-from dskd.engine.state import Progress
-from dskd.engine.watch import watching
-from dskd.engine.zero import (
-    gathered,
-    set_learning_rates,
-    step_at_boundary,
-)
+from dskd.engine.watchdog import watchdog
+from dskd.engine.zero import gathered, set_learning_rates, step_at_boundary
 from dskd.evaluate import answer_all, mean_scores
-from dskd.losses.tensors import LossOutput, Scale, Sum, Tokens
-from dskd.models.views import ModelView
-from dskd.prepare import Prepared, kinds_for, prepare
+from dskd.losses.tensors import LossOutput, ScaleParts, Sum, Tokens
+from dskd.models.views import response_tokens
+from dskd.rundir.layout import ModelName, RunDirectory
+from dskd.rundir.train_state import SavedModel, Scores, TrainState, best_of
+from dskd.teachers.teacher import Teacher
 
 
 def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
@@ -42,70 +39,74 @@ def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
         UserError: for what the user can mend.
         Stopped: when asked to stop; the state is saved.
     """
+    directory = RunDirectory.of(run)
     with ExitStack() as stack:
         past = stack.enter_context(opened(run, ranks, force))
         if past.finished:
             if ranks.is_main:
-                print(f"{run.directory}: finished already; best model {past.progress.best[0].folder.name}")
-            return run.directory
-        job = prepare(run, ranks)
-        stack.enter_context(watching(ranks.flags, run.train.stall_minutes))
-        keeper = Keeper(run, ranks, job.engine, job.plan.steps_per_epoch, job.total_steps)
-        progress = keeper.restore(past)
+                print(f"{directory.path}: finished already; best model {past.state.best[0].folder}")
+            return directory.path
+        training = assemble(run, ranks)
+        stack.enter_context(watchdog(ranks.flags, run.train.stall_minutes))
+        manager = CheckpointManager(run, ranks, training.engine, training.schedule)
+        state = manager.restore(past)
         ranks.stop_if_asked()
-        steps = Steps(job.plan, job.train, ranks.rank, ranks.world_size)
-        workers, pin_memory = run.data.workers, ranks.device.type == "cuda"
-        batches = load_steps(steps, progress.step, job.total_steps, workers, pin_memory, ignore_signals)
-        monitor = stack.enter_context(Monitor(run.directory, job.total_steps, ranks.is_main, progress.step))
-        announce(job, progress, [*past.notes, *keeper.notes])
-        if progress.step:
-            progress = keeper.keep(after_step(job, keeper, monitor, progress), monitor)
+        total, steps = training.schedule.total_steps, Steps(training.plan, training.train, ranks.rank, ranks.world_size)
+        pin_memory = ranks.device.type == "cuda"
+        batches = load_steps(steps, state.step, total, run.data.workers, pin_memory, ignore_signals)
+        monitor = stack.enter_context(Monitor(directory, total, ranks.is_main, state.step))
+        announce(training, state, [*past.notes, *manager.notes])
+        if state.step:
+            state = manager.keep(evaluate_if_due(training, manager, monitor, state), monitor)
         stack.enter_context(closing(batches))
-        for step, micro_batches in enumerate(batches, start=progress.step + 1):
-            epoch = (step - 1) // job.plan.steps_per_epoch + 1
-            monitor.step({"step": step, "epoch": epoch} | train_step(job, step, micro_batches))
-            progress = replace(progress, step=step, pending=is_due(job, step))
-            progress = keeper.keep(after_step(job, keeper, monitor, progress), monitor)
+        for step, micro_batches in enumerate(batches, start=state.step + 1):
+            monitor.step({"step": step, "epoch": epoch_of(training, step)} | train_step(training, step, micro_batches))
+            state = replace(state, step=step, pending=is_due(training, step))
+            state = manager.keep(evaluate_if_due(training, manager, monitor, state), monitor)
         if ranks.is_main:
-            best = progress.best[0]
-            LOG.info(f"finished: best model {best.folder} ({describe(best.scores)})")
-    return run.directory
+            best = state.best[0]
+            LOG.info(f"finished: best model {directory.path / best.folder} ({best.scores})")
+    return directory.path
 
 
-def after_step(job: Prepared, keeper: Keeper, monitor: Monitor, progress: Progress) -> Progress:
-    """Evaluate and save a model where that is due and not done; a stop leaves it for the next start."""
-    if not progress.pending or job.ranks.flags.stop:
-        return progress
+def evaluate_if_due(training: Training, manager: CheckpointManager, monitor: Monitor, state: TrainState) -> TrainState:
+    """Evaluate and save a model where that is due and not done; a stop leaves it for the next start. Collective."""
+    if not state.pending:
+        return state
     try:
-        scores = evaluate_dev(job)
+        training.ranks.stop_if_asked()
+        scores = evaluate_dev(training)
     except Stopped:
-        return progress
-    run, step = job.run, progress.step
-    epoch = (step - 1) // job.plan.steps_per_epoch + 1
-    folder = run.directory / model_name(epoch, step, scores)
-    keeper.keep_model(folder, job.distiller.student, job.distiller.method, job.dev.student)
-    monitor.write({"step": step} | {f"dev_{k}": v for k, v in asdict(scores).items() if v is not None})
-    LOG.info(f"epoch {epoch}  {describe(scores)}  saved {folder}")
-    best = best_of([*progress.best, Saved(folder, scores)], run.checkpoint.best_by, run.checkpoint.keep_best)
-    return replace(progress, pending=False, best=best)
+        return state
+    run, epoch = training.run, epoch_of(training, state.step)
+    folder = RunDirectory.of(run).model(ModelName(epoch, state.step, scores.loss, scores.rougel))
+    manager.keep_model(folder, training.distiller.student, training.distiller.method, training.dev.student)
+    monitor.write({"step": state.step} | {f"dev_{k}": v for k, v in asdict(scores).items() if v is not None})
+    LOG.info(f"epoch {epoch}  {scores}  saved {folder}")
+    saved = [*state.best, SavedModel(folder.name, scores)]
+    return replace(state, pending=False, best=best_of(saved, run.checkpoint.best_by, run.checkpoint.keep_best))
 
 
-def train_step(job: Prepared, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
+def epoch_of(training: Training, step: int) -> int:
+    return (step - 1) // training.schedule.steps_per_epoch + 1
+
+
+def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
     """One optimizer step, number `step` from 1; returns its figures, the same on every rank."""
     started = time.monotonic()
-    ranks, engine, method = job.ranks, job.engine, job.distiller.method
+    ranks, engine, method = training.ranks, training.engine, training.distiller.method
     tokens = ranks.sum_int(sum(len(batch.student.labels) for batch in micro_batches))
     batches = [batch.to(ranks.device) for batch in micro_batches]
-    teachers: Iterable[Tokens | None] = (teacher_tokens(job.teacher, batch) for batch in batches)
+    teachers = teacher_tokens(training.teacher, batches)
     if method.counts_itself and len(batches) > 1:
         teachers = list(teachers)
-    scale = part_scale(job, tokens, len(batches), teachers)
-    rates = learning_rates(job.run.train, step, job.total_steps)
+    scale_parts = part_scale(training, tokens, len(batches), teachers)
+    rates = learning_rates(training.run.train, step, training.schedule.total_steps)
     set_learning_rates(engine, rates)
     method.start_step()
     outputs: list[LossOutput] = []
     for index, (batch, teacher) in enumerate(zip(batches, teachers, strict=True), start=1):
-        output = engine(batch, teacher, scale)
+        output = engine(batch, teacher, scale_parts)
         engine.backward(output.loss)
         outputs.append(output)
         if index < len(micro_batches):
@@ -125,18 +126,21 @@ def train_step(job: Prepared, step: int, micro_batches: Sequence[Batch]) -> dict
     }
 
 
-@torch.no_grad()
-def teacher_tokens(teacher: ModelView | None, batch: Batch) -> Tokens | None:
-    return None if teacher is None else teacher.tokens(batch.teacher)._replace(pairs=batch.pairs)
+def teacher_tokens(teacher: Teacher | None, batches: Sequence[Batch]) -> Iterable[Tokens | None]:
+    """The teacher's side of each micro-batch, made just before it is needed; None without a teacher."""
+    if teacher is None:
+        return [None] * len(batches)
+    sides = zip(teacher.states(batches), batches, strict=True)
+    return (response_tokens(states, batch.teacher, batch.pairs) for states, batch in sides)
 
 
-def part_scale(job: Prepared, tokens: int, micro_batches: int, teachers: Iterable[Tokens | None]) -> Scale:
+def part_scale(training: Training, tokens: int, micro_batches: int, teachers: Iterable[Tokens | None]) -> ScaleParts:
     """The one place where sums become means: what each part's sum in a micro-batch is multiplied with.
 
     It is the part's weight, divided by the tokens that it is over in the global batch, and undoes DeepSpeed's averaging
     over ranks and micro-batches. `tokens` are the response tokens of the global batch.
     """
-    ranks, method = job.ranks, job.distiller.method
+    ranks, method = training.ranks, training.distiller.method
     undo = ranks.world_size * micro_batches
 
     def divided(counts: Mapping[str, int]) -> dict[str, float]:
@@ -151,7 +155,7 @@ def part_scale(job: Prepared, tokens: int, micro_batches: int, teachers: Iterabl
     elif micro_batches == 1:
         return lambda own: divided(over_ranks(own))
     else:
-        with gathered(job.view.output, method):
+        with gathered(training.ends.output, method):
             ahead = [method.count_ahead(teacher) for teacher in teachers if teacher is not None]
         counts = over_ranks({part: sum(own[part] for own in ahead) for part in ahead[0]})
         scales = divided(dict.fromkeys(method.weights, tokens) | counts)
@@ -165,7 +169,7 @@ def total(outputs: Sequence[LossOutput], ranks: Ranks) -> dict[str, float]:
     values = [torch.stack([each[name].value for each in sums]).sum() for name in names]
     counts = torch.tensor([float(sum(each[name].tokens for each in sums)) for name in names])
     found = torch.cat([torch.stack(values).double(), counts.to(values[0].device, torch.float64)])
-    both = ranks.sum_and_agree(found).tolist()
+    both = ranks.sum(found).tolist()
     return {name: both[i] / max(both[len(names) + i], 1.0) for i, name in enumerate(names)}
 
 
@@ -202,20 +206,20 @@ def learning_rates(train: TrainConfig, step: int, total_steps: int) -> dict[str,
     return {"lr": train.lr * factor, "projector_lr": train.projector_lr * factor}
 
 
-def is_due(job: Prepared, step: int) -> bool:
+def is_due(training: Training, step: int) -> bool:
     """Whether an evaluation and a saved model follow `step`."""
-    per_epoch = job.plan.steps_per_epoch
-    epoch_done = step % per_epoch == 0 and (step // per_epoch) % job.run.eval.every_epochs == 0
-    return epoch_done or step == job.total_steps
+    per_epoch = training.schedule.steps_per_epoch
+    epoch_done = step % per_epoch == 0 and (step // per_epoch) % training.run.eval.every_epochs == 0
+    return epoch_done or step == training.schedule.total_steps
 
 
 @torch.no_grad()
-def evaluate_dev(job: Prepared) -> Scores:
+def evaluate_dev(training: Training) -> Scores:
     """Dev loss and token accuracy of the student, and ROUGE-L of its answers where the run asks for it."""
-    run, ranks, engine = job.run, job.ranks, job.engine
+    run, ranks, engine = training.run, training.ranks, training.engine
     engine.eval()
     outputs, nothing = [], torch.zeros((), device=ranks.device)
-    for batch, counts in evaluation_batches(job.dev, run.eval.generation.batch_size, ranks.rank, ranks.world_size):
+    for batch, counts in evaluation_batches(training.dev, run.eval.generation.batch_size, ranks.rank, ranks.world_size):
         ranks.stop_if_asked()
         output = engine(batch.to(ranks.device), None, lambda own: {"ce": 1.0})
         empty = LossOutput(nothing, *(dict.fromkeys(sums, Sum(nothing, 0)) for sums in output[1:]))
@@ -223,38 +227,29 @@ def evaluate_dev(job: Prepared) -> Scores:
     means = total(outputs, ranks)
     rougel = exact_match = None
     if run.eval.generate:
-        student = job.distiller.student
-        answers = answer_all(
-            student, job.dev.student, job.dev.records, run.eval.generation, run.train.seed, ranks, run.data.bos
-        )
+        student, dev, generation = training.distiller.student, training.dev, run.eval.generation
+        answers = answer_all(student, dev.student, dev.records, generation, run.train.seed, ranks, run.data.bos)
         rougel, exact_match = mean_scores(answers)
     engine.train()
     return Scores(means["ce"], means["accuracy"], rougel, exact_match)
 
 
-def describe(scores: Scores) -> str:
-    text = f"dev loss {scores.loss:.4f}  accuracy {100 * scores.accuracy:.1f} %"
-    if scores.rougel is not None:
-        text += f"  ROUGE-L {scores.rougel:.2f}  exact match {scores.exact_match:.1f} %"
-    return text
-
-
-def announce(job: Prepared, progress: Progress, notes: Sequence[str]) -> None:
-    run, student = job.run, job.distiller.student
+def announce(training: Training, state: TrainState, notes: Sequence[str]) -> None:
+    run, student, total = training.run, training.distiller.student, training.schedule.total_steps
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters() if p.requires_grad)
     LOG.info(
         f"{run.method.kind}: {run.student.path.name}, {trained / 1e6:.1f} M trained weights, "
-        f"{len(job.train.records)} records, {job.total_steps} steps of {run.train.global_batch_size}, "
-        f"{job.ranks.world_size} rank(s) on {job.ranks.device.type}, ZeRO-{run.engine.zero_stage}, "
+        f"{len(training.train.records)} records, {total} steps of {run.train.global_batch_size}, "
+        f"{training.ranks.world_size} rank(s) on {training.ranks.device.type}, ZeRO-{run.engine.zero_stage}, "
         f"{run.engine.precision}"
     )
     for note in notes:
         LOG.warning(note)
-    if progress.step:
-        LOG.info(f"going on after step {progress.step}")
-    if run.teacher is not None and job.teacher is None:
+    if state.step:
+        LOG.info(f"going on after step {state.step}")
+    if run.teacher is not None and training.teacher is None:
         LOG.info(f"teacher: ignored, method {run.method.kind} learns from none")
-    if job.teacher is not None and run.method.teacher == "any" and job.train.teacher is None:
+    if training.teacher is not None and run.method.teacher == "any" and training.train.teacher is None:
         fitting = ", ".join(kinds_for("same_vocabulary"))
         LOG.info(
             f"method.kind: {run.method.kind} is for two vocabularies, and these two models share one: {fitting} fit"

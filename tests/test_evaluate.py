@@ -19,7 +19,7 @@ from dskd.data.records import Record, read_records
 from dskd.data.tokenization import Limits, tokenize_prompt
 from dskd.engine.distributed import Ranks
 from dskd.evaluate import answer_all, mean_scores, normalize, rounds, score, summary
-from dskd.launch.local import rank_environment
+from dskd.launch.ranks import rank_environment
 from dskd.models.load import load_checkpoint, load_tokenizer
 
 SHORT = {"max_length": 40, "max_prompt_length": 30}

@@ -3,8 +3,9 @@
 import difflib
 import io
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -42,20 +43,6 @@ def load(file: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
         key, value = parse_override(override)
         merge(values, nest(key, value), COMMAND_LINE, origins)
     return structure(values, origins, str(file), kind)
-
-
-def run_in(directory: Path) -> RunConfig:
-    """The run that a directory holds, wherever the directory lies by now. Raises `UserError`."""
-    directory = directory.absolute()
-    if not (directory / "run.yaml").is_file():
-        raise UserError(f"{directory}: no run.yaml: a run directory is expected, as `dskd train` writes it")
-    run = load_run(directory / "run.yaml")
-    if run.directory == directory:
-        return run
-    if len(directory.parents) < 3 or directory.parts[-3:-1] != run.directory.parts[-3:-1]:
-        expected = Path(*run.directory.parts[-3:])
-        raise UserError(f"{directory}: a run directory that was moved must still end in {expected}")
-    return replace(run, output=replace(run.output, root=directory.parents[2], name=directory.name))
 
 
 def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -209,11 +196,18 @@ def exactly(kind: type, accepted: tuple[type, ...], name: str) -> Any:
     def hook(value: Any, _: type) -> Any:
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise TypeError(f"{name} is expected, got {value!r}")
+        if isinstance(value, str) and not all(map(is_plain, value)):
+            raise ValueError(f"{name} without line breaks and control characters is expected, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is expected, got {value}")
         return kind(value)
 
     return hook
+
+
+def is_plain(character: str) -> bool:
+    """Whether a character can stand in a line of a script or a log: no control character, no line break of Unicode."""
+    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp")
 
 
 def literal(value: Any, kind: Any) -> Any:

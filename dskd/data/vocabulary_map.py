@@ -6,11 +6,9 @@ Tokens are compared as the bytes they stand for (`vocabulary_bytes`): the space 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,8 +18,9 @@ from rapidfuzz.process import cdist
 
 from dskd.config.errors import UserError
 from dskd.data.alignment import BYTE_PIECE, END_OF_TEXT, SILENT_ROLES, IntArray, Tokenizer, vocabulary_bytes
+from dskd.rundir.files import written
 
-Progress = Callable[[int, int], None]
+Tell = Callable[[int, int], None]
 
 BLOCK_CELLS = 2**25  # distances held at once, of one byte each (two if a token is longer than 255 bytes)
 
@@ -64,7 +63,7 @@ class VocabularyMap:
 def build_vocabulary_map(
     teacher_tokenizer: Tokenizer,
     student_tokenizer: Tokenizer,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
     workers: int = -1,
 ) -> VocabularyMap:
     """Look up the teacher tokens that the student has, and search the nearest student token of the others.
@@ -97,7 +96,7 @@ def load_or_build(
     cache_dir: Path,
     teacher_tokenizer: Tokenizer,
     student_tokenizer: Tokenizer,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
     workers: int = -1,
 ) -> VocabularyMap:
     """The map from its file in `cache_dir`, which is made if missing; see `build_vocabulary_map`.
@@ -122,20 +121,13 @@ def load_or_build(
 def save(path: Path, vocabulary_map: VocabularyMap) -> None:
     """Write the map so that `path` never shows a part of it, whoever else writes it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                student_ids=vocabulary_map.student_ids,
-                distance=vocabulary_map.distance,
-                hashes=np.array([vocabulary_map.teacher_hash, vocabulary_map.student_hash]),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            student_ids=vocabulary_map.student_ids,
+            distance=vocabulary_map.distance,
+            hashes=np.array([vocabulary_map.teacher_hash, vocabulary_map.student_hash]),
+        )
 
 
 def load(path: Path) -> VocabularyMap:
@@ -191,7 +183,7 @@ def _pieces(tokenizer: Tokenizer) -> _Pieces:
 
 
 def _nearest(
-    queries: Sequence[bytes], candidates: Sequence[bytes], progress: Progress | None, workers: int
+    queries: Sequence[bytes], candidates: Sequence[bytes], progress: Tell | None, workers: int
 ) -> tuple[list[int], list[int]]:
     """For each query the index of the first of its nearest candidates, and the distance."""
     groups = {size: (index, [candidates[i] for i in index]) for size, index in _by_length(candidates).items()}

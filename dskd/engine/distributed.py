@@ -1,21 +1,20 @@
 """Ranks: starting the process group, and the few collectives that training needs."""
 
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dskd.config.errors import UserError
-from dskd.engine.preemption import Flags, Stopped
-
-T = TypeVar("T")
+from dskd.engine.preemption import Decision, Flags, Stopped
 
 if not torch.cuda.is_available():
     # DeepSpeed reads this when it is first imported, and warns where it has to guess.
@@ -42,30 +41,40 @@ class Ranks:
         self.flags.moved()
         return values
 
-    def sum_and_agree(self, values: Tensor) -> Tensor:
-        """`sum` of a vector, and with the same collective the ranks agree on stopping and saving (`flags`)."""
-        found = self.sum(torch.cat([values, values.new_tensor(self.flags.wanted())]))
-        self.flags.agree(*found[-3:].tolist())
-        return found[:-3]
+    def agree(self, save: bool = False, busy: bool = False) -> Decision:
+        """What all ranks do: stop, where any got a signal, and what any asks for here. A collective call."""
+        wanted = torch.tensor([self.flags.stop_requested, save, busy], dtype=torch.float32, device=self.device)
+        return Decision(*(count > 0 for count in self.sum(wanted).tolist()))
 
     def stop_if_asked(self) -> None:
         """Raise `Stopped` on all ranks where any was asked to stop. A collective call."""
-        self.sum_and_agree(torch.zeros(0, device=self.device))
-        if self.flags.stop:
+        if self.agree().stop:
             raise Stopped
 
     def sum_int(self, value: int) -> int:
         return int(self.sum(torch.tensor(value, device=self.device)))
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every rank, in rank order, on every rank. Only what our own ranks send is unpickled."""
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
-        self.flags.moved()
-        return gathered
+        """`value` of every rank, in rank order, on every rank, as JSON brings it back. A collective call.
 
-    def together(self, do: Callable[[], T]) -> list[T]:
-        """What `do` returns on each rank. Where it raises `UserError` on any, all raise it. A collective call."""
+        JSON and no pickle: what a peer sends can be wrong, but it cannot run.
+        """
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(own)
+        counts = self.sum(sizes).tolist()
+        padded = torch.zeros(max(counts), dtype=torch.uint8, device=self.device)
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in counts]
+        if self.world_size > 1:
+            dist.all_gather(parts, padded)
+        else:
+            parts = [padded]
+        self.flags.moved()
+        return [json.loads(part[:count].cpu().numpy().tobytes()) for part, count in zip(parts, counts, strict=True)]
+
+    def together(self, do: Callable[[], Any]) -> list[Any]:
+        """What `do` returns on each rank, as JSON. Where it raises `UserError` on any, all raise it. Collective."""
         result, problem = None, None
         try:
             result = do()

@@ -7,14 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dskd.engine.files import as_user_error
+from dskd.rundir.files import as_user_error
+from dskd.rundir.layout import RunDirectory
 
 LOG = logging.getLogger("dskd")
 PLAIN_SECONDS = 10.0
@@ -24,7 +24,7 @@ PLAIN_SECONDS = 10.0
 class Monitor:
     """Writes a run's log and metrics on the main rank; silent on the others."""
 
-    def __init__(self, directory: Path, total_steps: int, is_main: bool, done: int = 0) -> None:
+    def __init__(self, directory: RunDirectory, total_steps: int, is_main: bool, done: int = 0) -> None:
         """`done`: the steps that earlier starts of the run have made."""
         self.directory, self.total_steps, self.is_main, self.done = directory, total_steps, is_main, done
         self.stack = ExitStack()
@@ -35,9 +35,9 @@ class Monitor:
         LOG.propagate = False
         if not self.is_main:
             return self
-        self.metrics = self.stack.enter_context((self.directory / "metrics.jsonl").open("ab", buffering=0))
+        self.metrics = self.stack.enter_context(self.directory.metrics.open("ab", buffering=0))
         self.console = Console(stderr=True)
-        self.add_handler(logging.FileHandler(self.directory / "train.log", encoding="utf-8"), "%(asctime)s %(message)s")
+        self.add_handler(logging.FileHandler(self.directory.log, encoding="utf-8"), "%(asctime)s %(message)s")
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -65,7 +65,7 @@ class Monitor:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
             return None
-        writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.done + 1)
+        writer = SummaryWriter(str(self.directory.tensorboard), purge_step=self.done + 1)
         self.stack.callback(writer.close)
         return writer
 
@@ -99,7 +99,7 @@ class Monitor:
         """One object in metrics.jsonl, and the same on TensorBoard."""
         if not self.is_main:
             return
-        with as_user_error(self.directory):
+        with as_user_error(self.directory.path):
             self.metrics.write((json.dumps(figures) + "\n").encode())
         if self.board is not None:
             for name, value in figures.items():

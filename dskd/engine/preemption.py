@@ -1,8 +1,6 @@
 """Stopping on request: signals set a flag, and the ranks agree on it at the boundary of a step."""
 
 import signal
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
@@ -15,31 +13,27 @@ class Stopped(Exception):
 
 @dataclass
 class Flags:
-    """What this rank wants, and what all ranks have agreed on."""
+    """What signals, watchdog and training tell each other in this process."""
 
     stop_requested: bool = False
     """This process got a signal."""
-    save_at: float | None = None
-    """Time of `time.monotonic()` from which on a state is due, on this rank's clock."""
     moves: int = 0
-    """Counts up while this rank gets on; see `dskd.engine.watch`."""
-    copying: Callable[[], bool] = lambda: False
-    """Whether this rank's background copies are under way."""
-    stop: bool = False
-    save: bool = False
-    busy: bool = False
+    """Counts up while this rank gets on; see `dskd.engine.watchdog`."""
 
     def moved(self) -> None:
         self.moves += 1
 
-    def wanted(self) -> tuple[float, float, float]:
-        """What this rank adds to the sum over all ranks: stop, save, busy."""
-        save = self.save_at is not None and time.monotonic() >= self.save_at
-        return float(self.stop_requested), float(save), float(self.copying())
 
-    def agree(self, stop: float, save: float, busy: float) -> None:
-        """Take over the sums; a stop that is agreed on stays."""
-        self.stop, self.save, self.busy = self.stop or stop > 0, save > 0, busy > 0
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do, since at least one of them wants it."""
+
+    stop: bool
+    """Save the state and stop."""
+    save: bool
+    """Save the state."""
+    busy: bool
+    """Copies to the run directory are still under way."""
 
 
 def watch_signals() -> Flags:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from dskd.config.errors import UserError
 from dskd.launch import slurm
-from dskd.launch.record import Job, Record, Start
 from dskd.launch.task import ASKED
+from dskd.rundir.jobs import Ending, Job, Jobs, Start
+from dskd.rundir.layout import runs_file
 
 PREEMPTED = "preempted"
 SLURM_SIGNALS_EARLY = 90.0
@@ -23,8 +24,8 @@ SLURM_SIGNALS_EARLY = 90.0
 def main() -> None:
     verb, folder = sys.argv[1], Path(sys.argv[2])
     try:
-        record = Record(run_directory(folder))
-        sys.exit(begin(record) if verb == "begin" else finish(record, int(sys.argv[3])))
+        jobs = Jobs.at(run_directory(folder))
+        sys.exit(begin(jobs) if verb == "begin" else finish(jobs, int(sys.argv[3])))
     except UserError as error:
         print(f"dskd: {error}", file=sys.stderr)
         sys.exit(2)
@@ -32,43 +33,43 @@ def main() -> None:
 
 def run_directory(folder: Path) -> Path:
     """The run directory of this job, or of this element of an array."""
-    return Path((folder / "runs.txt").read_text().splitlines()[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))])
+    return Path(runs_file(folder).read_text().splitlines()[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))])
 
 
-def begin(record: Record) -> int:
+def begin(jobs: Jobs) -> int:
     """Write a start down; its number goes to stdout, for the ranks."""
-    job = submitted(record)
-    record.clear_ending()
+    job = submitted(jobs)
+    jobs.clear_ending()
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    start = record.add_start(slurm_id(), os.environ["SLURM_JOB_NODELIST"])
+    start = jobs.add_start(slurm_id(), os.environ["SLURM_JOB_NODELIST"])
     if restarts > job.max_requeues:
-        return fail(record, start, f"started again {job.max_requeues} times (max_requeues of the cluster profile)")
+        return fail(jobs, start, f"started again {job.max_requeues} times (max_requeues of the cluster profile)")
     print(start.number)
     return 0
 
 
-def finish(record: Record, code: int) -> int:
+def finish(jobs: Jobs, code: int) -> int:
     """Write the end of a start down, requeue the job where it helps; the batch script's exit code."""
-    job, start = submitted(record), record.starts()[-1]
-    if record.cancel.exists():
-        record.end_start(start.number, "cancelled", f"cancelled; state at step {record.state_step()}")
+    job, start = submitted(jobs), jobs.starts()[-1]
+    if jobs.is_cancelled():
+        jobs.end_start(start.number, "cancelled", f"cancelled; state at step {jobs.state_step()}")
         slurm.patiently(lambda: slurm.run("scancel", slurm_id()))
         return code
-    again, why = record.ending() or (False, f"srun ended with {code}")
-    if again:
-        reason = why_stopped(why, job, time.time() - start.time)
-        problem = why_not_again(record, job, reason)
+    ending = jobs.ending() or Ending(False, f"srun ended with {code}")
+    if ending.again:
+        reason = why_stopped(ending.reason, job, time.time() - start.time)
+        problem = why_not_again(jobs, job, reason)
         if problem is not None:
-            return fail(record, start, problem)
-        record.end_start(start.number, "again", reason)
+            return fail(jobs, start, problem)
+        jobs.end_start(start.number, "again", reason)
         try:
             slurm.patiently(lambda: slurm.run("scontrol", "requeue", slurm_id()))
         except subprocess.CalledProcessError as error:
-            return fail(record, start, f"{reason}; requeue refused: {slurm.one_line(error.stderr)}")
+            return fail(jobs, start, f"{reason}; requeue refused: {slurm.one_line(error.stderr)}")
         time.sleep(600)  # until Slurm ends this script
     if code:
-        return fail(record, start, why, code)
-    record.end_start(start.number, "finished", "")
+        return fail(jobs, start, ending.reason, code)
+    jobs.end_start(start.number, "finished", "")
     return 0
 
 
@@ -80,28 +81,28 @@ def why_stopped(why: str, job: Job, seconds: float) -> str:
     return PREEMPTED if in_time else "time limit"
 
 
-def why_not_again(record: Record, job: Job, reason: str) -> str | None:
+def why_not_again(jobs: Jobs, job: Job, reason: str) -> str | None:
     """Why another start would be a waste; None where it makes sense. Preemption is no fault of the run."""
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= job.max_requeues:
         return f"{reason}; started again {job.max_requeues} times already (max_requeues of the cluster profile)"
-    *before, now = record.starts()
+    *before, now = jobs.starts()
     stuck = [s for s in before[-1:] if s.job == now.job and s.state == now.state and s.outcome == "again"]
-    if reason != PREEMPTED and record.state() == now.state and any(s.reason != PREEMPTED for s in stuck):
+    if reason != PREEMPTED and jobs.state() == now.state and any(s.reason != PREEMPTED for s in stuck):
         hint = "; a longer launch.hours may help" if reason == "time limit" else ""
         return f"{reason}; two starts in a row made no progress after step {now.step}{hint}"
     return None
 
 
-def fail(record: Record, start: Start, reason: str, code: int = 1) -> int:
-    record.end_start(start.number, "failed", reason)
+def fail(jobs: Jobs, start: Start, reason: str, code: int = 1) -> int:
+    jobs.end_start(start.number, "failed", reason)
     print(f"dskd: {reason}", file=sys.stderr)
     return code
 
 
-def submitted(record: Record) -> Job:
-    job = record.read_job()
+def submitted(jobs: Jobs) -> Job:
+    job = jobs.read()
     if job is None:
-        raise UserError(f"{record.folder}: no job.json: was the run directory deleted after it was submitted?")
+        raise UserError(f"{jobs.folder.path}: no job.json: was the run directory deleted after it was submitted?")
     return job
 
 

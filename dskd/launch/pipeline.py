@@ -11,12 +11,14 @@ from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError
 from dskd.config.load import load, load_run
 from dskd.config.pipeline import PipelineConfig, StageConfig
-from dskd.config.run import BEST, RunConfig
+from dskd.config.run import RunConfig
 from dskd.config.stopping import UNFINISHED
 from dskd.launch import slurm
-from dskd.launch.record import Record
 from dskd.launch.request import Request, evaluate_request, train_request
 from dskd.launch.submit import submit
+from dskd.rundir.jobs import Jobs
+from dskd.rundir.layout import RunDirectory
+from dskd.rundir.read import is_complete
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Stage:
     @property
     def open(self) -> tuple[Request, ...]:
         """What is not complete yet."""
-        return tuple(request for request in self.requests if not Record(request.directory).is_complete())
+        return tuple(request for request in self.requests if not is_complete(RunDirectory(request.directory)))
 
 
 def read_pipeline(file: Path, cluster: ClusterConfig) -> list[Stage]:
@@ -40,7 +42,7 @@ def read_pipeline(file: Path, cluster: ClusterConfig) -> list[Stage]:
     found: dict[str, Stage] = {}
     for name in pipeline.ordered():
         config = pipeline.stages[name]
-        models = {need: found[need].requests[0].directory / BEST for need in config.needs}
+        models = {need: RunDirectory(found[need].requests[0].directory).best for need in config.needs}
         requests = tuple(requests_of(name, config, file, models, cluster))
         found[name] = Stage(name, config.needs, requests, config.parallel)
     return list(found.values())
@@ -86,7 +88,7 @@ def submit_pipeline(stages: Sequence[Stage], cluster_name: str, cluster: Cluster
 
 def in_queue(requests: Sequence[Request]) -> dict[Path, str]:
     """Jobs of earlier submissions that are still in the queue, by run directory."""
-    known = {r.directory: job.id for r in requests if (job := Record(r.directory).read_job()) is not None and job.id}
+    known = {r.directory: job.id for r in requests if (job := Jobs.at(r.directory).read()) is not None and job.id}
     active = slurm.queue(list(known.values()))
     return {directory: job for directory, job in known.items() if job in active}
 
@@ -112,9 +114,9 @@ def run_here(stages: Sequence[Stage]) -> int:
             failed.add(stage.name)
             continue
         for request in stage.open:
-            record = Record(request.directory)
-            for name, text in request.files:
-                record.write(name, text)
+            if request.settings is not None:
+                jobs = Jobs.at(request.directory)
+                jobs.write_file(jobs.folder.settings, request.settings)
             print(f"{stage.name}: {request.directory}", flush=True)
             code = subprocess.run(request.command, check=False).returncode
             if code == UNFINISHED:

@@ -11,6 +11,7 @@ from dskd.config.errors import UserError, require
 from dskd.config.load import to_yaml
 from dskd.config.run import RunConfig, accumulation_steps, check_paths, models_of, written_folders
 from dskd.launch.container import rank_command
+from dskd.rundir.layout import RunDirectory, evaluation_of
 
 STATE_BYTES = 7
 """Bytes of one state for each byte of bf16 weights: weights, and fp32 weights and both moments of AdamW."""
@@ -28,8 +29,8 @@ class Request:
     nodes: int
     tasks_per_node: int
     hours: float
-    files: tuple[tuple[str, str], ...] = ()
-    """Files to write into job/: name and text."""
+    settings: str | None = None
+    """Text of the run file that the ranks are given; None for an evaluation."""
 
 
 def train_request(run: RunConfig, cluster: ClusterConfig, coming: Collection[Path] = ()) -> Request:
@@ -48,7 +49,7 @@ def train_request(run: RunConfig, cluster: ClusterConfig, coming: Collection[Pat
         name=run.directory.name,
         command=rank_command(
             cluster,
-            ("train", str(run.directory / "job" / "run.yaml")),
+            ("train", str(RunDirectory.of(run).job.settings)),
             inputs(run),
             written_folders(run),
             f"{os.getuid()}:{os.getgid()}",
@@ -56,7 +57,7 @@ def train_request(run: RunConfig, cluster: ClusterConfig, coming: Collection[Pat
         nodes=run.launch.nodes,
         tasks_per_node=run.launch.processes or cluster.gpus_per_node or 1,
         hours=run.launch.hours or cluster.hours,
-        files=(("run.yaml", to_yaml(run)),),
+        settings=to_yaml(run),
     )
     check_paths(run, coming)
     check(request, cluster, inputs(run))
@@ -69,7 +70,7 @@ def evaluate_request(
     model: Path, data: Path, seed: int, cluster: ClusterConfig, hours: float | None, options: Sequence[str]
 ) -> Request:
     """The job of one evaluation, of one file and one seed; it goes to eval/DATA/seedN in the model's run directory."""
-    directory = model.parent / "eval" / data.stem / f"seed{seed}"
+    directory = evaluation_of(model.parent, data, seed)
     arguments = ("evaluate", str(model), "--data", str(data), "--seeds", str(seed), "--output", str(directory))
     command = rank_command(
         cluster, (*arguments, *options), [model, data.parent], [model.parent], f"{os.getuid()}:{os.getgid()}"

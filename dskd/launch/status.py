@@ -1,19 +1,17 @@
 """What a submitted run is doing, and what it wrote: read from its run directory and one call of Slurm for all."""
 
-import json
-import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dskd.config.errors import UserError
 from dskd.launch import slurm
-from dskd.launch.record import Job, Record, Start
+from dskd.rundir.jobs import Job, Jobs, Start
+from dskd.rundir.layout import RunDirectory
+from dskd.rundir.read import TAIL_BYTES, read_rougel, read_schedule, read_steps
 
-TAIL_BYTES = 1 << 16
 RECENT_STEPS = 20
 """Steps over which speed is averaged."""
 ENDED = ("finished", "failed", "cancelled")
@@ -42,14 +40,15 @@ class Status:
 
 def submitted_under(root: Path) -> list[Path]:
     """Run directories under `root` that were submitted."""
-    return sorted(file.parent.parent for file in root.rglob("job/job.json"))
+    own = RunDirectory(Path()).job.submission
+    return sorted(file.parents[len(own.parts) - 1] for file in root.rglob(str(own)))
 
 
 def statuses(directories: Sequence[Path]) -> list[Status]:
     """The state of each run. Raises `UserError` for a directory that was never submitted."""
-    records = [Record(directory.absolute()) for directory in directories]
-    jobs = [require_job(record) for record in records]
-    starts = [record.starts() for record in records]
+    folders = [Jobs.at(directory.absolute()) for directory in directories]
+    jobs = [require_job(folder) for folder in folders]
+    starts = [folder.starts() for folder in folders]
     open_ids = [
         job.id for job, begun in zip(jobs, starts, strict=True) if job.id is not None and not is_over(job, begun)
     ]
@@ -57,14 +56,14 @@ def statuses(directories: Sequence[Path]) -> list[Status]:
     gone = [job for job in open_ids if job not in queued]
     ended = slurm.ended(gone) if gone else {}
     return [
-        status_of(record, job, begun, queued, ended) for record, job, begun in zip(records, jobs, starts, strict=True)
+        status_of(folder, job, begun, queued, ended) for folder, job, begun in zip(folders, jobs, starts, strict=True)
     ]
 
 
-def require_job(record: Record) -> Job:
-    job = record.read_job()
+def require_job(jobs: Jobs) -> Job:
+    job = jobs.read()
     if job is None:
-        raise UserError(f"{record.directory}: not a submitted run (no job/job.json in it)")
+        raise UserError(f"{jobs.directory.path}: not a submitted run (no job/job.json in it)")
     return job
 
 
@@ -74,7 +73,7 @@ def is_over(job: Job, starts: Sequence[Start]) -> bool:
 
 
 def status_of(
-    record: Record,
+    jobs: Jobs,
     job: Job,
     starts: Sequence[Start],
     queued: dict[str, slurm.QueueEntry],
@@ -90,14 +89,14 @@ def status_of(
         state = "running" if entry.state in ("RUNNING", "COMPLETING") else entry.state.lower()
         note, nodes = ("" if state == "running" or entry.reason == "None" else entry.reason), entry.nodes
     else:
-        state, note, nodes = after_the_queue(record, job, own, ended.get(job.id or ""))
-    figures = training_steps(record.directory / "metrics.jsonl")
-    step = int(figures[-1]["step"]) if figures else record.state_step()
-    total, recent = total_steps(record.directory / "train.log"), figures[-RECENT_STEPS:]
+        state, note, nodes = after_the_queue(jobs, job, own, ended.get(job.id or ""))
+    steps, schedule = read_steps(jobs.directory, TAIL_BYTES), read_schedule(jobs.directory)
+    step = int(steps[-1]["step"]) if steps else jobs.state_step()
+    total, recent = None if schedule is None else schedule.total_steps, steps[-RECENT_STEPS:]
     speed = sum(f["tokens_per_second"] for f in recent) / len(recent) if recent else None
     seconds = sum(f["seconds"] for f in recent) / len(recent) * (total - step) if recent and total else None
     return Status(
-        directory=record.directory,
+        directory=jobs.directory.path,
         job=job.id or "",
         state=state,
         note=note,
@@ -107,78 +106,46 @@ def status_of(
         tokens_per_second=speed,
         seconds_left=seconds if state == "running" else None,
         restarts=tuple(start.reason for start in starts if start.outcome in ("again", "lost")),
-        state_step=record.state_step(),
-        rougel=record.rougel(),
+        state_step=jobs.state_step(),
+        rougel=read_rougel(jobs.directory.path),
     )
 
 
-def after_the_queue(
-    record: Record, job: Job, own: Sequence[Start], entry: slurm.QueueEntry | None
-) -> tuple[str, str, str]:
+def after_the_queue(jobs: Jobs, job: Job, own: Sequence[Start], entry: slurm.QueueEntry | None) -> tuple[str, str, str]:
     """(state, note, nodes) of a job that left the queue without writing down how it ended."""
     if entry is None:
         known = f"; last known: started on {own[-1].nodes}" if own else ""
         return "gone", f"job {job.id} is neither in the queue nor in the accounting{known}", ""
     word, state = entry.state, "cancelled" if entry.state.startswith("CANCELLED") else "failed"
     if not own and state == "failed":
-        note = f"{word} before its first line on {entry.nodes}: is {record.directory} on storage that the nodes share?"
-        return state, first_words(record) or note, entry.nodes
+        note = (
+            f"{word} before its first line on {entry.nodes}: is {jobs.directory.path} on storage that the nodes share?"
+        )
+        return state, first_words(jobs) or note, entry.nodes
     if not own:
         return state, f"{word}: {entry.reason}", entry.nodes
     hint = "" if word != "TIMEOUT" else "; it did not stop in time: a longer signal_seconds may help"
-    return state, f"{word}{hint}; state at step {record.state_step()}", entry.nodes
+    return state, f"{word}{hint}; state at step {jobs.state_step()}", entry.nodes
 
 
-def first_words(record: Record) -> str | None:
+def first_words(jobs: Jobs) -> str | None:
     """dskd's own words in the batch script's log."""
-    logs = sorted((record.folder / "submitit").glob("*_0_log.err"), key=lambda file: file.stat().st_mtime)
+    logs = sorted(jobs.folder.submitit.glob("*_0_log.err"), key=lambda file: file.stat().st_mtime)
     lines = logs[-1].read_text(errors="replace").splitlines() if logs else []
     return next((line.removeprefix("dskd: ") for line in reversed(lines) if line.startswith("dskd: ")), None)
 
 
-def training_steps(file: Path) -> list[dict[str, Any]]:
-    """The last training steps of metrics.jsonl."""
-    found = []
-    for line in tail(file).splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut at the beginning, or being written
-        if isinstance(values, dict) and "tokens_per_second" in values:
-            found.append(values)
-    return found
-
-
-def total_steps(log: Path) -> int | None:
-    """Steps of the whole run, from what it announced in its log."""
-    try:
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            found = [match for line in lines if (match := re.search(r" (\d+) steps of \d+,", line))]
-    except FileNotFoundError:
-        return None
-    return int(found[-1][1]) if found else None
-
-
-def tail(file: Path) -> str:
-    try:
-        with file.open("rb") as data:
-            data.seek(max(0, file.stat().st_size - TAIL_BYTES))
-            return data.read().decode(errors="replace")
-    except FileNotFoundError:
-        return ""
-
-
 def print_logs(directory: Path, rank: int, follow: bool, pause: float = 0.5) -> None:
     """Print what one rank wrote, start after start; with `follow` until the run has ended."""
-    record = Record(directory.absolute())
-    job = require_job(record)
+    jobs = Jobs.at(directory.absolute())
+    job = require_job(jobs)
     ranks = job.nodes * job.tasks_per_node
     if rank >= ranks:
         raise UserError(f"--rank: {directory} has ranks 0 to {ranks - 1}, got {rank}")
     shown: dict[Path, int] = {}
     while True:
         (current,) = statuses([directory]) if follow else (None,)
-        for file in record.logs(rank):
+        for file in jobs.folder.logs(rank):
             with file.open("rb") as data:
                 data.seek(shown.get(file, 0))
                 text = data.read()

@@ -1,12 +1,14 @@
 """Submission: check all that can be checked here, write it into the run directories, and hand it to sbatch."""
 
+import errno
+import fcntl
 import os
 import shlex
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -18,9 +20,11 @@ from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError, require
 from dskd.config.load import to_yaml
 from dskd.launch import slurm
-from dskd.launch.record import Job, Record
 from dskd.launch.request import Request
 from dskd.launch.task import Task
+from dskd.rundir.files import private_folder, write_text
+from dskd.rundir.jobs import Job, Jobs
+from dskd.rundir.layout import RunDirectory, arrays_folder, runs_file
 
 
 class Executor(SlurmExecutor):
@@ -55,23 +59,25 @@ def submit(
         UserError: where a run is in the queue already, or sbatch refuses.
     """
     slurm.require_slurm()
-    records = [Record(request.directory) for request in requests]
-    refuse_active(records)
-    folder = job_folder(requests)
-    executor = batch_executor(requests, cluster, folder, parallel, after)
-    with restored(records):
-        for record, request in zip(records, requests, strict=True):
-            record.cancel.unlink(missing_ok=True)
-            for name, text in (*request.files, ("cluster.yaml", to_yaml(cluster))):
-                record.write(name, text)
-            record.write("script.sh", executor.script(len(requests)))
-            record.write_job(job_of(request, cluster_name, cluster))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "runs.txt").write_text("".join(f"{request.directory}\n" for request in requests))
-        jobs = slurm.patiently(lambda: hand_over(executor, requests))
-        for record, request, job in zip(records, requests, jobs, strict=True):
-            record.write_job(replace(job_of(request, cluster_name, cluster), id=job, submitted=time.time()))
-    return jobs
+    runs = [Jobs.at(request.directory) for request in requests]
+    with claimed(runs):
+        refuse_active(runs)
+        folder = submission_folder(requests)
+        executor = batch_executor(requests, cluster, folder, parallel, after)
+        with restored(runs):
+            for jobs, request in zip(runs, requests, strict=True):
+                jobs.folder.cancel.unlink(missing_ok=True)
+                jobs.write_file(jobs.folder.cluster, to_yaml(cluster))
+                jobs.write_file(jobs.folder.script, executor.script(len(requests)))
+                if request.settings is not None:
+                    jobs.write_file(jobs.folder.settings, request.settings)
+                jobs.write(job_of(request, cluster_name, cluster))
+            private_folder(folder)
+            write_text(runs_file(folder), "".join(f"{request.directory}\n" for request in requests))
+            ids = slurm.patiently(lambda: hand_over(executor, requests))
+            for jobs, request, id_ in zip(runs, requests, ids, strict=True):
+                jobs.write(replace(job_of(request, cluster_name, cluster), id=id_, submitted=time.time()))
+    return ids
 
 
 def hand_over(executor: Executor, requests: Sequence[Request]) -> list[str]:
@@ -87,24 +93,40 @@ def hand_over(executor: Executor, requests: Sequence[Request]) -> list[str]:
 
 
 @contextmanager
-def restored(records: Sequence[Record]) -> Iterator[None]:
+def claimed(runs: Sequence[Jobs]) -> Iterator[None]:
+    """Inside, no one else submits these runs. Raises `UserError` where someone is about to."""
+    with ExitStack() as stack:
+        for jobs in runs:
+            jobs.make_folder()
+            file = stack.enter_context(jobs.folder.claim.open("ab"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(f"{jobs.directory.path} is being submitted at this moment") from None
+                raise
+        yield
+
+
+@contextmanager
+def restored(runs: Sequence[Jobs]) -> Iterator[None]:
     """If the submission fails, what is known of an earlier one stays as it was."""
-    before = [record.read_job() for record in records]
+    before = [jobs.read() for jobs in runs]
     try:
         yield
     except BaseException:
-        for record, job in zip(records, before, strict=True):
+        for jobs, job in zip(runs, before, strict=True):
             if job is not None:
-                record.write_job(job)
+                jobs.write(job)
             else:
-                (record.folder / "job.json").unlink(missing_ok=True)
+                jobs.folder.submission.unlink(missing_ok=True)
         raise
 
 
-def refuse_active(records: Sequence[Record]) -> None:
-    known = {job.id: record for record in records if (job := record.read_job()) is not None and job.id is not None}
+def refuse_active(runs: Sequence[Jobs]) -> None:
+    known = {job.id: jobs for jobs in runs if (job := jobs.read()) is not None and job.id is not None}
     for id_ in slurm.queue(list(known)):
-        raise UserError(f"{known[id_].directory} is in the queue already, as job {id_}; `dskd cancel` ends it")
+        raise UserError(f"{known[id_].directory.path} is in the queue already, as job {id_}; `dskd cancel` ends it")
 
 
 def job_of(request: Request, cluster_name: str, cluster: ClusterConfig) -> Job:
@@ -124,12 +146,12 @@ def minutes_of(hours: float) -> int:
     return max(1, round(hours * 60))
 
 
-def job_folder(requests: Sequence[Request]) -> Path:
+def submission_folder(requests: Sequence[Request]) -> Path:
     """Where submitit's files go: into job/ of a run; for an array beside the runs, into a folder of its own."""
     if len(requests) == 1:
-        return requests[0].directory / "job" / "submitit"
+        return RunDirectory(requests[0].directory).job.submitit
     common = Path(os.path.commonpath([request.directory for request in requests]))
-    return common / "arrays" / f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
+    return arrays_folder(common) / f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
 
 
 def batch_executor(
@@ -184,7 +206,7 @@ def parameters(
 
 def setup_lines(cluster: ClusterConfig, folder: Path) -> list[str]:
     """Before the ranks: modules and environment; whether all nodes see the folder; the start is written down."""
-    runs = shlex.quote(str(folder / "runs.txt"))
+    runs = shlex.quote(str(runs_file(folder)))
     message = shlex.quote(f"dskd: {folder} is not on storage that all nodes share with the login node")
     return [
         *(f"module load {shlex.quote(module)}" for module in cluster.modules),

@@ -1,8 +1,6 @@
-"""One Slurm task: starts its rank as a child process, passes signals on to it, and says how it ended."""
+"""One Slurm task: supervises its rank, and says how it ended."""
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -11,7 +9,8 @@ from pathlib import Path
 from submitit import JobEnvironment
 
 from dskd.config.stopping import STOP_SIGNALS, UNFINISHED
-from dskd.launch.record import Record
+from dskd.launch.ranks import Supervisor
+from dskd.rundir.jobs import Ending, Jobs
 
 MISTAKE = 2
 ASKED = "asked to stop"
@@ -38,28 +37,21 @@ def run_task(directory: Path, command: tuple[str, ...]) -> int:
     0 stands for a rank that is finished as well as for one that wants to be started again, which is told by a file:
     any other code makes Slurm kill the other ranks, which may still be saving.
     """
-    record, environment = Record(directory), JobEnvironment()
+    jobs, environment = Jobs.at(directory), JobEnvironment()
     rank, start = environment.global_rank, int(os.environ["DSKD_START"])
-    log = record.log(start, rank)
+    log = jobs.folder.log(start, rank)
     log.parent.mkdir(parents=True, exist_ok=True)
-    received: list[int] = []
-    with log.open("ab") as out:
-        if record.cancel.exists():
+    # submitit's own handlers act on rank 0 alone, and never let a rank save together with the others.
+    with log.open("ab") as out, Supervisor() as supervisor:
+        if jobs.is_cancelled():
             return 0
-        # submitit's own handlers act on rank 0 alone, and never let a rank save together with the others.
-        child: list[subprocess.Popen[bytes]] = []
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda n, _: _pass_on(n, received, child))
-        variables = os.environ | rank_variables(environment)
-        child.append(subprocess.Popen(command, env=variables, stdout=out, stderr=out, stdin=subprocess.DEVNULL))
-        if received:
-            _pass_on(received[0], received, child)
-        code = child[0].wait()
+        supervisor.start(command, os.environ | rank_variables(environment), out)
+        code = supervisor.ranks[0].wait()
     if code == 0:
         return 0
-    reason = again_reason(code, bool(received))
-    told = f"rank {rank} on {environment.hostname}: {reason or describe_failure(code, log)}"
-    record.mark_ending(reason is not None, ASKED if reason == ASKED else told)
+    reason = again_reason(code, bool(supervisor.received))
+    told = f"rank {rank} on {environment.hostname}: {reason or why_failed(code, log)}"
+    jobs.mark_ending(Ending(reason is not None, ASKED if reason == ASKED else told))
     if code == UNFINISHED:
         return 0
     if code != MISTAKE:  # a mistake is noticed by all ranks at once
@@ -82,7 +74,7 @@ def again_reason(code: int, asked: bool) -> str | None:
     return None
 
 
-def describe_failure(code: int, log: Path) -> str:
+def why_failed(code: int, log: Path) -> str:
     """Exit code and the last line that the child wrote."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -106,9 +98,3 @@ def rank_variables(environment: JobEnvironment) -> dict[str, str]:
 def port_of(job: int) -> int:
     """Jobs whose ids lie close together, which run at the same time, never share a port."""
     return PORTS[job % len(PORTS)]
-
-
-def _pass_on(number: int, received: list[int], child: list[subprocess.Popen[bytes]]) -> None:
-    received.append(number)
-    if child and child[0].poll() is None:
-        child[0].send_signal(number)

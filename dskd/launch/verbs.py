@@ -8,14 +8,15 @@ from pathlib import Path
 
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError
-from dskd.config.load import load, load_run, override, run_in
+from dskd.config.load import load, load_run, override
 from dskd.launch import slurm
 from dskd.launch.clusters import find_cluster
 from dskd.launch.pipeline import read_pipeline, run_here, submit_pipeline
-from dskd.launch.record import Record
 from dskd.launch.request import Request, train_request
 from dskd.launch.status import Status, require_job, statuses, submitted_under
-from dskd.launch.submit import batch_executor, job_folder, submit
+from dskd.launch.submit import batch_executor, submission_folder, submit
+from dskd.rundir.jobs import Jobs
+from dskd.rundir.read import is_complete, read_run
 
 
 def submit_runs(arguments: Sequence[str], cluster_name: str, parallel: int | None, dry_run: bool) -> None:
@@ -28,7 +29,7 @@ def submit_runs(arguments: Sequence[str], cluster_name: str, parallel: int | Non
     requests = [train_request(load_run(Path(file), overrides), cluster) for file in files]
     refuse_twins(requests)
     if dry_run:
-        executor = batch_executor(requests, cluster, job_folder(requests), parallel, ())
+        executor = batch_executor(requests, cluster, submission_folder(requests), parallel, ())
         for request in requests:
             print(f"# {request.directory}: each rank runs\n{shlex.join(request.command)}")
         print(f"# submitted with sbatch:\n{executor.script(len(requests))}")
@@ -39,18 +40,18 @@ def submit_runs(arguments: Sequence[str], cluster_name: str, parallel: int | Non
 
 def resubmit(directory: Path, overrides: Sequence[str], force: bool) -> None:
     """`dskd resume` of a submitted run: the same job again, on the same cluster."""
-    record = Record(directory.absolute())
-    job = require_job(record)
-    started = (record.directory / "run.yaml").is_file()
-    run = override(run_in(directory) if started else load_run(record.folder / "run.yaml"), overrides)
-    if record.is_complete() and not overrides:
+    jobs = Jobs.at(directory.absolute())
+    job = require_job(jobs)
+    started = jobs.directory.settings.is_file()
+    run = override(read_run(directory) if started else load_run(jobs.folder.settings), overrides)
+    if is_complete(jobs.directory) and not overrides:
         raise UserError(f"{directory}: this run is finished already")
-    cluster = load(record.folder / "cluster.yaml", ClusterConfig)
+    cluster = load(jobs.folder.cluster, ClusterConfig)
     request = train_request(run, cluster)
     if force:
         request = replace(request, command=(*request.command, "--force"))
     (id_,) = submit([request], job.cluster, cluster)
-    print(f"job {id_}: {record.directory}")
+    print(f"job {id_}: {jobs.directory.path}")
 
 
 def run_pipeline(file: Path, cluster_name: str | None, local: bool) -> int:
@@ -82,10 +83,10 @@ def show_status(directories: Sequence[Path] | None) -> None:
     if not found:
         raise UserError("status: nothing was submitted to outputs/; name a run directory")
     for status in statuses(found):
-        print(describe(status))
+        print(format_status(status))
 
 
-def describe(status: Status) -> str:
+def format_status(status: Status) -> str:
     """One run, or one evaluation, in a few lines."""
     where = f" on {status.nodes}" if status.nodes else ""
     note = f" ({status.note})" if status.note else ""
@@ -117,13 +118,13 @@ def shown_path(path: Path) -> Path:
 def cancel_runs(directories: Sequence[Path], now: bool) -> None:
     """`dskd cancel`: running jobs are asked to save and stop, pending ones leave the queue."""
     for directory in directories:
-        record = Record(directory.absolute())
-        job = require_job(record)
+        jobs = Jobs.at(directory.absolute())
+        job = require_job(jobs)
         entry = slurm.queue([job.id]).get(job.id) if job.id else None
         if entry is None or job.id is None:
             print(f"{directory}: job {job.id} is not in the queue")
         elif entry.state == "RUNNING" and not now:
-            record.write("cancel", "")
+            jobs.write_file(jobs.folder.cancel, "")
             slurm.patiently(partial(slurm.run, "scancel", "--signal=USR2", job.id))
             print(f"job {job.id}: asked to save its state and to stop; `dskd status {directory}` shows when it has")
         else:

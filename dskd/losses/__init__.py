@@ -1,5 +1,7 @@
 """Losses: torch only. `METHODS` is the one table of training methods."""
 
+from typing import Any
+
 from dskd.losses.dskd import Dskd
 from dskd.losses.dskd_cma import DskdCma
 from dskd.losses.dskd_v2 import DskdV2
@@ -9,7 +11,7 @@ from dskd.losses.mined import Mined
 from dskd.losses.sft import Sft
 from dskd.losses.uld import Uld
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[Method[Any]]] = {
     "sft": Sft,
     "kd": Kd,
     "uld": Uld,

@@ -1,32 +1,30 @@
 """Dual-space distillation with cross-model attention, for two vocabularies (arXiv 2406.17328, section 3.3)."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dskd.config.methods import DskdCmaConfig
 from dskd.losses.dual_space import DualSpace, Projected
-from dskd.losses.tensors import LossOutput, Model, Scale, Tokens
+from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
 
 
-class DskdCma(DualSpace):
+class DskdCma(DualSpace[DskdCmaConfig]):
     """Projectors (d, D: hidden sizes of student and teacher): t2s D -> d, s2t d -> D, query 2d -> 2D."""
 
-    def __init__(
-        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
-    ) -> None:
-        super().__init__(settings, student, teacher, memory_mb)
+    def __init__(self, settings: DskdCmaConfig, context: MethodContext) -> None:
+        super().__init__(settings, context)
         d, wide = self.student.hidden_size, self.teacher.hidden_size
         self.t2s, self.s2t, self.query = nn.Linear(wide, d), nn.Linear(d, wide), nn.Linear(2 * d, 2 * wide)
 
-    def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
+    def forward(self, student: Tokens, teacher: Tokens | None, scale_parts: ScaleParts) -> LossOutput:
         assert teacher is not None
         # Both sides' sums are divided by the student's tokens.
         counts = dict.fromkeys(self.weights, len(student.labels))
         t2s_hidden, s2t_hidden = self.cross_attention(student, teacher)
         s2t = self.teacher_space(s2t_hidden, teacher.hidden, teacher.labels)
-        return self.student_space(student, Projected(t2s_hidden, student.labels), counts, scale(counts), s2t)
+        return self.student_space(student, Projected(t2s_hidden, student.labels), counts, scale_parts(counts), s2t)
 
     def cross_attention(self, student: Tokens, teacher: Tokens) -> tuple[Tensor, Tensor]:
         """Teacher states at the student's tokens [N_s, d], and student states at the teacher's tokens [N_t, D].

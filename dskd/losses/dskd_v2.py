@@ -5,15 +5,16 @@ that both vocabularies hold. The projected teacher should predict what the teach
 learns in its own space where it does. Across vocabularies this happens at exactly aligned tokens (ETA).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dskd.config.methods import DskdV2Config
 from dskd.losses.dual_space import DualSpace, Projected
 from dskd.losses.response import alignment_metrics
 from dskd.losses.streaming import StreamedLogits, stream
-from dskd.losses.tensors import LossOutput, Model, Scale, Tokens
+from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
 
 ROWS = 2**14  # rows of a head that are copied to a wider type at a time
 
@@ -26,7 +27,7 @@ class Aligned(NamedTuple):
     tokens: Tensor | None  # [K] which tokens of the student; None: all, in their order
 
 
-class DskdV2(DualSpace):
+class DskdV2(DualSpace[DskdV2Config]):
     """Projectors without bias (d, D: hidden sizes of student and teacher): t2s D -> d, s2t d -> D.
 
     With projector_init pseudo_inverse only t2s is trained; s2t follows from both heads, once a step.
@@ -35,13 +36,11 @@ class DskdV2(DualSpace):
     counts_itself = True
     student_ids: Tensor  # [V], the student's token of each of the teacher's, or -1
 
-    def __init__(
-        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
-    ) -> None:
-        super().__init__(settings, student, teacher, memory_mb)
-        held = (
-            torch.arange(min(self.student.vocab_size, self.teacher.vocab_size)) if student_ids is None else student_ids
-        )
+    def __init__(self, settings: DskdV2Config, context: MethodContext) -> None:
+        super().__init__(settings, context)
+        held = context.student_ids
+        if held is None:  # one vocabulary
+            held = torch.arange(min(self.student.vocab_size, self.teacher.vocab_size))
         padding = (0, self.teacher.vocab_size - len(held))  # a head may be wider than its tokenizer
         self.register_buffer("student_ids", torch.nn.functional.pad(held, padding, value=-1), persistent=False)
         self.masked = settings.agreement_mask
@@ -84,7 +83,7 @@ class DskdV2(DualSpace):
             self.s2t_weight = (product.to(self.teacher_inverse.dtype) @ self.teacher_inverse).T.to(hidden.dtype)
         return torch.nn.functional.linear(hidden, self.s2t_weight)
 
-    def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
+    def forward(self, student: Tokens, teacher: Tokens | None, scale_parts: ScaleParts) -> LossOutput:
         assert teacher is not None
         at = self.aligned(teacher)
         own = student.hidden if at.tokens is None else student.hidden[at.tokens]
@@ -92,7 +91,7 @@ class DskdV2(DualSpace):
         assert s2t.predictions is not None
         t2s = self.projected(at, s2t.predictions)
         counts = {"ce": len(student.labels)} | self.counts(t2s)
-        output = self.student_space(student, t2s, counts, scale(counts), s2t)
+        output = self.student_space(student, t2s, counts, scale_parts(counts), s2t)
         if teacher.pairs is not None:
             output.metrics.update(alignment_metrics(teacher.pairs, student))
         return output

@@ -6,17 +6,18 @@ states come from and which token the projected teacher should predict; the loss 
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from dskd.config.methods import DualSpaceConfig
 from dskd.losses.cross_entropy import cross_entropy, predicts
 from dskd.losses.divergence import at_temperature, distance, forward_kl
 from dskd.losses.method import Method, finish
 from dskd.losses.response import Response
 from dskd.losses.streaming import StreamedLogits, stream
-from dskd.losses.tensors import LossOutput, Model, Sum, Tokens
+from dskd.losses.tensors import LossOutput, MethodContext, Sum, Tokens
 
 
 class Projected(NamedTuple):
@@ -36,16 +37,17 @@ class TeacherSpace(NamedTuple):
     predictions: Tensor | None  # [K], the teacher's own, where only some count
 
 
-class DualSpace(Method):
+D = TypeVar("D", bound=DualSpaceConfig)
+
+
+class DualSpace(Method[D]):
     """Base of the dual-space methods: parts ce, t2s_ce, t2s_kd and s2t_kd."""
 
     masked = True
     """Whether only tokens where the projected teacher predicts its label count in t2s_kd (equation 7)."""
 
-    def __init__(
-        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
-    ) -> None:
-        super().__init__(settings, student, teacher, memory_mb)
+    def __init__(self, settings: D, context: MethodContext) -> None:
+        super().__init__(settings, context)
         rate = settings.kd_rate
         self.weights = {"ce": 1 - rate, "t2s_ce": rate, "t2s_kd": rate, "s2t_kd": rate}
         self.distance = distance(settings)

@@ -1,25 +1,22 @@
 """Vanilla distillation: the distance between both models' distributions over one shared vocabulary."""
 
-from typing import Any
-
 from torch import Tensor
 
+from dskd.config.methods import KdConfig
 from dskd.losses.divergence import distance
 from dskd.losses.logit_method import LogitMethod
-from dskd.losses.tensors import Model, Tokens
+from dskd.losses.tensors import MethodContext, Tokens
 
 
-class Kd(LogitMethod):
+class Kd(LogitMethod[KdConfig]):
     """Distillation of logits (arXiv 2406.17328, equation 2).
 
     Where one head is padded wider than the other, the distance is taken over the columns that both have; the
     cross-entropy is over the student's whole head.
     """
 
-    def __init__(
-        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
-    ) -> None:
-        super().__init__(settings, student, teacher, memory_mb)
+    def __init__(self, settings: KdConfig, context: MethodContext) -> None:
+        super().__init__(settings, context)
         self.divergence = distance(settings)
 
     def aligned(self, student: Tokens, teacher: Tokens) -> None:

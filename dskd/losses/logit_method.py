@@ -1,23 +1,24 @@
 """What `kd`, `uld` and `mined` share: cross-entropy beside a distance between logits of aligned tokens."""
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from dskd.config.methods import TeacherMethodConfig
 from dskd.losses.method import Method, finish
 from dskd.losses.response import Response, alignment_metrics
 from dskd.losses.streaming import StreamedLogits, stream
-from dskd.losses.tensors import LossOutput, Model, Scale, Sum, Tokens
+from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Sum, Tokens
+
+L = TypeVar("L", bound=TeacherMethodConfig)
 
 
-class LogitMethod(Method):
+class LogitMethod(Method[L]):
     """Parts ce and kd, both over the student's response tokens."""
 
-    def __init__(
-        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
-    ) -> None:
-        super().__init__(settings, student, teacher, memory_mb)
+    def __init__(self, settings: L, context: MethodContext) -> None:
+        super().__init__(settings, context)
         self.weights = {"ce": 1 - settings.kd_rate, "kd": settings.kd_rate}
 
     def aligned(self, student: Tokens, teacher: Tokens) -> Tensor | None:
@@ -32,7 +33,7 @@ class LogitMethod(Method):
         """The same for tokens without a teacher's token; None: they have none."""
         return None
 
-    def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
+    def forward(self, student: Tokens, teacher: Tokens | None, scale_parts: ScaleParts) -> LossOutput:
         assert teacher is not None
         pairs = self.aligned(student, teacher)
         first, target_hidden, metrics = None, teacher.hidden, {}
@@ -40,7 +41,7 @@ class LogitMethod(Method):
             first, target_hidden, metrics = pairs[:, 1], teacher.hidden[pairs[:, 0]], alignment_metrics(pairs, student)
         response = Response(student, self.student.head(), self.settings.label_smoothing, first)
         streamed, target = response.streamed, StreamedLogits(target_hidden, self.teacher.head())
-        scales = scale(dict.fromkeys(self.weights, response.count))
+        scales = scale_parts(dict.fromkeys(self.weights, response.count))
         kd = torch.zeros((), device=response.labels.device)
 
         def keep(rows: slice, logits: Tensor, distilled: tuple[Tensor, Tensor] | None) -> None:

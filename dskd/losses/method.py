@@ -1,23 +1,22 @@
 """What every method is: a module that holds its projectors and turns response tokens into a loss."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
+from dskd.config.methods import MethodConfig
 from dskd.losses.streaming import attach_gradients
-from dskd.losses.tensors import LossOutput, Model, Scale, Sum, Tokens
+from dskd.losses.tensors import LossOutput, MethodContext, Model, ScaleParts, Sum, Tokens
+
+S = TypeVar("S", bound=MethodConfig)
 
 
-class Method(nn.Module):
-    """Base of all methods.
+class Method(nn.Module, Generic[S]):
+    """Base of all methods, over the type of their settings.
 
-    Built from its frozen settings and access to both models; anything registered as a submodule (projectors) is trained
-    with `train.projector_lr` and saved with the run.
-
-    Args:
-        student_ids: [V] for the methods that align two vocabularies: the student's token of each teacher token, -1 for
-            none.
+    Built from its frozen settings and its context; anything registered as a submodule (projectors) is trained with
+    `train.projector_lr` and saved with the run.
 
     Attributes:
         weights: the parts of the loss and what each is weighed by.
@@ -27,19 +26,12 @@ class Method(nn.Module):
     weights: dict[str, float]
     counts_itself = False
 
-    def __init__(
-        self,
-        settings: Any,
-        student: Model,
-        teacher: Model | None,
-        memory_mb: int,
-        student_ids: Tensor | None = None,
-    ) -> None:
+    def __init__(self, settings: S, context: MethodContext) -> None:
         super().__init__()
         self.settings = settings
         # In a tuple, so that torch does not take the models for submodules of the method.
-        self._models = (student, teacher)
-        self.memory_mb = memory_mb
+        self._models = (context.student, context.teacher)
+        self.memory_mb = context.memory_mb
 
     @property
     def student(self) -> Model:
@@ -51,13 +43,12 @@ class Method(nn.Module):
         assert teacher is not None
         return teacher
 
-    def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
+    def forward(self, student: Tokens, teacher: Tokens | None, scale_parts: ScaleParts) -> LossOutput:
         """The loss of one micro-batch.
 
         Args:
             student, teacher: the response tokens of each side.
-            scale: gives what to multiply the sum of each part with. It is needed here since gradients are computed in
-                the forward pass.
+            scale_parts: needed here, and collective, since gradients are computed in the forward pass.
         """
         raise AssertionError(f"{type(self).__name__} has no forward")
 

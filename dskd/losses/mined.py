@@ -5,18 +5,17 @@ one, the teacher's distribution is carried into the student's vocabulary; elsewh
 target.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from dskd.config.methods import MinedConfig
 from dskd.losses.cross_entropy import cross_entropy
 from dskd.losses.divergence import distance, log_of_mixture
 from dskd.losses.logit_method import LogitMethod
-from dskd.losses.tensors import Model, Tokens
+from dskd.losses.tensors import MethodContext, Tokens
 
 
-class Mined(LogitMethod):
+class Mined(LogitMethod[MinedConfig]):
     """Each student token has the probability of all teacher tokens that are nearest to it in spelling.
 
     The distance is over the student tokens that any teacher token maps to; what the teacher gives to tokens that map
@@ -27,10 +26,9 @@ class Mined(LogitMethod):
     sources: Tensor  # [S] the teacher tokens that map anywhere, those of one target side by side
     runs: Tensor  # [C] how many there are for each target
 
-    def __init__(
-        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
-    ) -> None:
-        super().__init__(settings, student, teacher, memory_mb)
+    def __init__(self, settings: MinedConfig, context: MethodContext) -> None:
+        super().__init__(settings, context)
+        student_ids = context.student_ids
         if student_ids is None:  # one vocabulary
             student_ids = torch.arange(min(self.student.vocab_size, self.teacher.vocab_size))
         self.temperature = settings.temperature

@@ -1,27 +1,22 @@
 """Cross-entropy on the response: supervised fine-tuning, and the dev loss of every method."""
 
-from typing import Any
-
-from torch import Tensor
-
+from dskd.config.methods import SftConfig
 from dskd.losses.method import Method, finish
 from dskd.losses.response import Response
 from dskd.losses.streaming import stream
-from dskd.losses.tensors import LossOutput, Model, Scale, Tokens
+from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
 
 
-class Sft(Method):
+class Sft(Method[SftConfig]):
     """-log p(response token), arXiv 2406.17328, equation 1."""
 
-    def __init__(
-        self, settings: Any, student: Model, teacher: Model | None, memory_mb: int, student_ids: Tensor | None = None
-    ) -> None:
-        super().__init__(settings, student, teacher, memory_mb)
+    def __init__(self, settings: SftConfig, context: MethodContext) -> None:
+        super().__init__(settings, context)
         self.weights = {"ce": 1.0}
 
-    def forward(self, student: Tokens, teacher: Tokens | None, scale: Scale) -> LossOutput:
+    def forward(self, student: Tokens, teacher: Tokens | None, scale_parts: ScaleParts) -> LossOutput:
         response = Response(student, self.student.head(), self.settings.label_smoothing)
-        streamed, scales = response.streamed, scale({"ce": response.count})
+        streamed, scales = response.streamed, scale_parts({"ce": response.count})
         for rows, (logits,) in stream(range(response.count), self.memory_mb, streamed):
             streamed.keep_gradient(logits, response.gradient(rows, logits, scales["ce"]))
         return finish({"ce": response.part}, scales, streamed.gradients(), {"accuracy": response.accuracy})

@@ -4,7 +4,7 @@ What goes into and comes out of a method are named tuples and no dataclasses: De
 in a module's inputs and outputs, to gather a sharded head before the backward pass, and it looks into no dataclass.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -45,6 +45,19 @@ class Model(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method is given beside its settings."""
+
+    student: Model
+    teacher: Model | None
+    """None for the methods that learn from none."""
+    memory_mb: int
+    """Memory for vocabulary-sized temporaries."""
+    student_ids: Tensor | None = None
+    """[V] for the methods that align two vocabularies: the student's token of each teacher token, -1 for none."""
+
+
 class Sum(NamedTuple):
     """A sum over tokens and how many tokens it is over; the mean is taken once, over the global batch."""
 
@@ -61,6 +74,13 @@ class LossOutput(NamedTuple):
     """Anything else worth logging, such as token accuracy."""
 
 
-Scale = Callable[[Mapping[str, int]], Mapping[str, float]]
-"""Tokens of this micro-batch that each part is over -> what to multiply the part's sum with: its weight, divided by its
-tokens in the global batch. A method calls it once, before the first gradient."""
+class ScaleParts(Protocol):
+    """What to multiply the sum of each part of the loss with: its weight, divided by its tokens in the global batch.
+
+    A collective call where a method counts its own tokens: the ranks add up what they pass. A method calls it once in
+    each forward, on every rank, before its first gradient.
+    """
+
+    def __call__(self, counts: Mapping[str, int]) -> Mapping[str, float]:
+        """`counts`: the tokens of this micro-batch that each part is over."""
+        ...

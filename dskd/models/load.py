@@ -1,4 +1,4 @@
-"""Tokenizers, students and teachers from Hugging Face folders: safetensors only, no remote code unless asked for."""
+"""Tokenizers and models from Hugging Face folders: safetensors only, no remote code unless asked for."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from dskd.config.errors import UserError
-from dskd.config.models import LoraConfig, StudentConfig, TeacherConfig
+from dskd.config.models import LoraConfig, StudentConfig
+from dskd.rundir.layout import PROJECTORS
 
 hf_logging.disable_progress_bar()
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -81,15 +82,6 @@ def add_lora(model: Any, settings: LoraConfig) -> nn.Module:
     return adapted
 
 
-def load_teacher(settings: TeacherConfig, precision: str, device: torch.device) -> nn.Module:
-    """The frozen teacher on `device`, its adapter merged in."""
-    model = load_causal_lm(settings.path, "teacher.path", precision, settings.trust_remote_code)
-    if settings.adapter is not None:
-        model = merge_adapter(model, settings.adapter, "teacher.adapter")
-    frozen: nn.Module = model.to(device).eval().requires_grad_(False)
-    return frozen
-
-
 def merge_adapter(model: Any, adapter: Path, key: str) -> Any:
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{key}: no adapter_model.safetensors in {adapter} (pickled .bin files are not read)")
@@ -106,9 +98,9 @@ def merge_adapter(model: Any, adapter: Path, key: str) -> Any:
 
 def load_projectors(method: nn.Module, folder: Path) -> None:
     """Give a method the projectors of a saved model. Raises `UserError` where they do not fit."""
-    file = folder / "projectors.safetensors"
+    file = folder / PROJECTORS
     if not file.is_file():
-        raise UserError(f"method.projectors_from: no projectors.safetensors in {folder}")
+        raise UserError(f"method.projectors_from: no {PROJECTORS} in {folder}")
     try:
         method.load_state_dict(load_file(file))
     except (RuntimeError, SafetensorError) as error:

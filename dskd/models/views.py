@@ -1,4 +1,4 @@
-"""A model's body, embeddings and head through the Hugging Face API; no switch on any model type."""
+"""A model's body and ends (embeddings and head) through the Hugging Face API; no switch on any model type."""
 
 from typing import Any
 
@@ -13,8 +13,43 @@ from dskd.losses.streaming import StreamedLogits
 from dskd.losses.tensors import Head, Tokens
 
 
+class ModelEnds:
+    """Head and input embeddings of a model (implements `dskd.losses.tensors.Model`)."""
+
+    def __init__(self, output: nn.Linear, embeddings: nn.Embedding, scale: float, softcap: float | None) -> None:
+        self.output, self.embeddings, self.scale, self.softcap = output, embeddings, scale, softcap
+        self.hidden_size, self.vocab_size = output.in_features, output.out_features
+
+    def head(self) -> Head:
+        """The head as it is now; under ZeRO-3 only inside a module's forward, where DeepSpeed gathers it."""
+        return Head(self.output.weight, self.output.bias, self.scale, self.softcap)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [N, D] of ids [N], without gradient."""
+        with torch.no_grad():
+            embedded: Tensor = self.embeddings(ids)
+        return embedded
+
+
+class ModelBody:
+    """Everything between embeddings and head."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states [B, S, D]: what the head is applied to."""
+        output = self.module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def states(self, side: Side) -> Tensor:
+        """Hidden states [N, D] of a micro-batch's response tokens."""
+        return self.hidden(side.input_ids, side.attention_mask).flatten(0, 1)[side.positions]
+
+
 class ModelView:
-    """Access to a causal language model for losses (implements `dskd.losses.tensors.Model`).
+    """A causal language model as its body and its ends.
 
     Args:
         model: as transformers or PEFT gives it.
@@ -30,37 +65,18 @@ class ModelView:
                 f"input embeddings are a {type(embeddings).__name__}; a plain Linear and Embedding are expected"
                 " (LoRA on the output layer is not)"
             )
-        self.key, self.causal = key, causal
-        self.body: nn.Module = causal.base_model
-        self.output, self.embeddings = head, embeddings
-        self.hidden_size, self.vocab_size = head.in_features, head.out_features
         config = causal.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies the logits by logit_scale, Granite divides them by logits_scaling.
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        multiplied = float(getattr(config, "logit_scale", None) or 1.0)
+        divided = float(getattr(config, "logits_scaling", None) or 1.0)
+        self.key, self.causal = key, causal
+        self.body = ModelBody(causal.base_model)
+        self.ends = ModelEnds(head, embeddings, multiplied / divided, getattr(config, "final_logit_softcapping", None))
 
-    def head(self) -> Head:
-        """The head as it is now; under ZeRO-3 only inside a module's forward, where DeepSpeed gathers it."""
-        return Head(self.output.weight, self.output.bias, self.scale, self.softcap)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Input embeddings [N, D] of ids [N], without gradient."""
-        with torch.no_grad():
-            embedded: Tensor = self.embeddings(ids)
-        return embedded
-
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states [B, S, D]: what the head is applied to."""
-        output = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        states: Tensor = output.last_hidden_state
-        return states
-
-    def tokens(self, side: Side) -> Tokens:
-        """The response tokens of a micro-batch with their hidden states."""
-        hidden = self.hidden(side.input_ids, side.attention_mask).flatten(0, 1)[side.positions]
-        return Tokens(hidden, side.inputs, side.labels, side.lengths)
+def response_tokens(states: Tensor, side: Side, pairs: Tensor | None = None) -> Tokens:
+    """The response tokens of one side of a micro-batch with their hidden states [N, D]."""
+    return Tokens(states, side.inputs, side.labels, side.lengths, pairs)
 
 
 @torch.no_grad()
@@ -70,23 +86,22 @@ def check_view(view: ModelView) -> None:
     Raises:
         UserError: naming the model and the difference, where the two are not the same.
     """
-    training, device = view.causal.training, view.embeddings.weight.device
+    training, device = view.causal.training, view.ends.embeddings.weight.device
     view.causal.eval()
-    ids = torch.arange(24, device=device).reshape(2, 12) % view.embeddings.num_embeddings
+    ids = torch.arange(24, device=device).reshape(2, 12) % view.ends.embeddings.num_embeddings
     mask = torch.ones_like(ids)
     mask[0, 8:] = 0
     expected = view.causal(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()].float()
-    hidden = view.hidden(ids, mask)[mask.bool()]
-    with GatheredParameters([view.output.weight]):
-        logits = StreamedLogits(hidden, view.head()).logits(slice(None))
+    hidden = view.body.hidden(ids, mask)[mask.bool()]
+    with GatheredParameters([view.ends.output.weight]):
+        logits = StreamedLogits(hidden, view.ends.head()).logits(slice(None))
     view.causal.train(training)
     name = f"{view.key}: {type(view.causal).__name__} is not supported"
     if logits.shape != expected.shape:
         raise UserError(f"{name}: its logits are {expected.shape[-1]} wide, its output layer {logits.shape[-1]}")
-    if view.embeddings.embedding_dim != view.hidden_size:
-        raise UserError(
-            f"{name}: embeddings are {view.embeddings.embedding_dim} wide, hidden states {view.hidden_size}"
-        )
+    width, hidden_size = view.ends.embeddings.embedding_dim, view.ends.hidden_size
+    if width != hidden_size:
+        raise UserError(f"{name}: embeddings are {width} wide, hidden states {hidden_size}")
     difference = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
     if not difference < tolerance:
@@ -98,8 +113,6 @@ def check_view(view: ModelView) -> None:
 
 def check_vocabulary(view: ModelView, tokenizer: Any) -> None:
     """Raise `UserError` where a tokenizer has ids for which the model has no embedding."""
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= view.embeddings.num_embeddings:
-        raise UserError(
-            f"{view.key}: its tokenizer has ids up to {highest}, its embeddings {view.embeddings.num_embeddings} rows"
-        )
+    highest, rows = max(tokenizer.get_vocab().values()), view.ends.embeddings.num_embeddings
+    if highest >= rows:
+        raise UserError(f"{view.key}: its tokenizer has ids up to {highest}, its embeddings {rows} rows")

@@ -11,15 +11,15 @@ from functools import partial
 from statistics import median
 
 import torch
-from dense import dense_loss
-from heads import Weights, means
+from support.dense import dense_loss
+from support.heads import Weights, means
 
 from bench.measure import measured, one_thread, seconds
 from dskd.config.engine import EngineConfig
 from dskd.config.methods import MethodConfig
 from dskd.losses import METHODS
 from dskd.losses.method import Method
-from dskd.losses.tensors import Tokens
+from dskd.losses.tensors import MethodContext, Tokens
 
 STUDENT, TEACHER, SAME_VOCABULARY_TEACHER = (50257, 768), (151936, 2048), (50257, 1600)
 SAMPLES, LENGTH, RESPONSE = 4, 512, (127, 128, 128, 127)
@@ -53,7 +53,7 @@ def make(kind: str) -> tuple[Method, Weights, Weights, Tokens, Tokens]:
         student_ids[vocabulary:] = -1
         other = other._replace(pairs=torch.arange(len(labels)).repeat(2, 1).T)
     settings = config()
-    method = METHODS[kind](settings, student, teacher, EngineConfig().loss_memory_mb, student_ids)
+    method = METHODS[kind](settings, MethodContext(student, teacher, EngineConfig().loss_memory_mb, student_ids))
     return method, student, teacher, own, other
 
 

@@ -11,17 +11,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conftest import Tiny, write_records
+from support.tiny import Tiny, write_records
 
 from bench.measure import one_thread
+from dskd.assemble import assemble
+from dskd.checkpoint import state
+from dskd.checkpoint.staging import Staging
 from dskd.config.load import load_run
 from dskd.config.run import RunConfig
 from dskd.data.loader import Steps
-from dskd.engine import distributed, state
-from dskd.engine.delivery import Delivery
+from dskd.engine import distributed
 from dskd.engine.distributed import Ranks
-from dskd.launch.local import free_port, rank_environment
-from dskd.prepare import prepare
+from dskd.launch.ranks import free_port, rank_environment
+from dskd.rundir.layout import RunDirectory
+from dskd.rundir.train_state import TrainState
 from dskd.train import train_step
 
 INTERVAL = 50
@@ -29,28 +32,29 @@ INTERVAL = 50
 
 def measure(run: RunConfig, ranks: Ranks, steps: int = 6, saves: int = 3) -> dict[str, Any]:
     """Seconds of a step and of a save (medians, each after one that does not count), and the share at 50 steps."""
-    job = prepare(run, ranks)
-    batches = Steps(job.plan, job.train, ranks.rank, ranks.world_size)
+    training = assemble(run, ranks)
+    batches = Steps(training.plan, training.train, ranks.rank, ranks.world_size)
     took: list[float] = []
     for step in range(1, steps + 2):
         begun = time.monotonic()
-        train_step(job, step, batches[step - 1])
+        train_step(training, step, batches[step - 1])
         took.append(time.monotonic() - begun)
     saved: list[float] = []
-    delivery = Delivery(None, run.directory, ranks.rank)
+    directory = RunDirectory.of(run)
+    staging = Staging(None, directory.path, ranks.rank)
     for step in range(steps + 2, steps + saves + 3):
         begun = time.monotonic()
-        folder, progress = run.directory / state.FOLDER / f"step{step}", state.Progress(step)
-        written = state.write(folder, delivery, job.engine, ranks)
+        now = TrainState(step)
+        written = state.write(directory.state(now.name), staging, training.engine, ranks)
         if ranks.is_main:
-            state.complete(folder, progress, written, keep_last=1)
+            state.complete(directory, now, written, keep_last=1)
         ranks.barrier()
         saved.append(time.monotonic() - begun)
     step_seconds, save_seconds = statistics.median(took[1:]), statistics.median(saved[1:])
     return {
         "step_seconds": step_seconds,
         "save_seconds": save_seconds,
-        "state_bytes": size_of(run.directory / state.FOLDER),
+        "state_bytes": size_of(directory.states),
         "share_at_50_steps": save_seconds / (save_seconds + INTERVAL * step_seconds),
     }
 

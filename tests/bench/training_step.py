@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from dense import dense_loss
-from heads import Weights, means
+from support.dense import dense_loss
+from support.heads import Weights, means
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
@@ -24,9 +24,9 @@ from dskd.data.loader import Collator
 from dskd.data.records import read_records
 from dskd.data.tokenization import Limits, Sample
 from dskd.losses.dskd_cma import DskdCma
-from dskd.losses.tensors import Tokens
+from dskd.losses.tensors import MethodContext, Tokens
 from dskd.models.load import load_tokenizer
-from dskd.models.views import ModelView
+from dskd.models.views import ModelView, response_tokens
 
 LENGTH, PROMPT, MICRO_BATCH, STEPS = 512, 256, 4, 4
 # Tokens of (prompt, response), at the deciles of Dolly.
@@ -55,11 +55,11 @@ def whole(view: ModelView, side: Side) -> Tokens:
     """All positions of a batch that is padded to LENGTH, as tokens."""
     ids, mask = (pad(each, (0, LENGTH - each.shape[1])) for each in (side.input_ids, side.attention_mask))
     labels = pad(ids[:, 1:], (0, 1))
-    return Tokens(view.hidden(ids, mask).flatten(0, 1), ids.flatten(), labels.flatten(), (LENGTH,) * len(ids))
+    return Tokens(view.body.hidden(ids, mask).flatten(0, 1), ids.flatten(), labels.flatten(), (LENGTH,) * len(ids))
 
 
 def weights(view: ModelView) -> Weights:
-    return Weights(view.embeddings.weight.detach(), view.output.weight)
+    return Weights(view.ends.embeddings.weight.detach(), view.ends.output.weight)
 
 
 def main(form: str, files: list[str]) -> None:
@@ -69,15 +69,15 @@ def main(form: str, files: list[str]) -> None:
     shape = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = Qwen2Config(vocab_size=151936, intermediate_size=1408, tie_word_embeddings=False, **shape)
     teacher = ModelView(AutoModelForCausalLM.from_config(config).eval().requires_grad_(False), "teacher")
-    method = DskdCma(DskdCmaConfig(), student, teacher, EngineConfig().loss_memory_mb)
+    method = DskdCma(DskdCmaConfig(), MethodContext(student.ends, teacher.ends, EngineConfig().loss_memory_mb))
     optimizer = torch.optim.AdamW([*student.causal.parameters(), *method.parameters()])
     made = batches(files)
 
     def step(own: Side, other: Side) -> None:
         if form == "streamed":
             with torch.no_grad():
-                target = teacher.tokens(other)
-            method(student.tokens(own), target, means(method)).loss.backward()
+                target = response_tokens(teacher.body.states(other), other)
+            method(response_tokens(student.body.states(own), own), target, means(method)).loss.backward()
         else:
             with torch.no_grad():
                 target = whole(teacher, other)

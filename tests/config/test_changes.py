@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from dskd.config.changes import changed, harmful
-from dskd.config.errors import UserError
-from dskd.config.load import load_run, override, run_in, to_yaml
+from dskd.config.load import load_run, override
 
 
 @pytest.fixture
@@ -40,17 +39,3 @@ def test_harmful(run, setting, told):
 
 def test_where_the_output_lies_does_not_count(run):
     assert changed(run, replace(run, output=replace(run.output, root=Path("/elsewhere")))) == {}
-
-
-def test_a_directory_tells_its_run_wherever_it_was_moved(run, tmp_path):
-    moved = tmp_path / "moved" / Path(*run.directory.parts[-3:])
-    moved.mkdir(parents=True)
-    (moved / "run.yaml").write_text(to_yaml(run))
-    assert run_in(moved).directory == moved
-    assert changed(run, run_in(moved)) == {}
-
-
-def test_a_moved_directory_keeps_the_end_of_its_path(run, tmp_path):
-    (tmp_path / "run.yaml").write_text(to_yaml(run))
-    with pytest.raises(UserError, match=r"must still end in .*/dskd_cma/default"):
-        run_in(tmp_path)

@@ -1,5 +1,6 @@
 """Run files: layers, overrides, and one line for every mistake."""
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -147,7 +148,9 @@ def test_a_section_may_be_empty_or_absent(write):
 
 # Back to YAML
 
-names = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1).filter(lambda n: n not in (".", ".."))
+UNPRINTED = ("Cc", "Cs", "Zl", "Zp")  # control characters and line breaks
+letters = st.characters(codec="utf-8", exclude_characters="/", exclude_categories=UNPRINTED)
+names = st.text(letters, min_size=1).filter(lambda name: name not in (".", ".."))
 
 
 @settings(max_examples=25, deadline=None)
@@ -155,7 +158,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1
     st.fixed_dictionaries(
         {
             "output.name": names,
-            "description": st.text(st.characters(min_codepoint=32, codec="utf-8")),
+            "description": st.text(letters),
             "train.lr": st.floats(1e-12, 1e3),
             "train.max_steps": st.none() | st.integers(1),
             "engine.zero_stage": st.integers(0, 3),
@@ -193,3 +196,16 @@ def test_layers_of_a_single_file(write):
     values, origins = read_layers(write("run.yaml"))
     assert values["method"] == {"kind": "kd", "temperature": 3.0}
     assert origins["method.temperature"] == origins["student"] == str(write("run.yaml"))
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\rb", "a\x00", "a\u2028b", "a\x85b", "a\x1b[31m"])
+@pytest.mark.parametrize("key", ["output.name", "output.root", "description", "data.train"])
+def test_line_breaks_and_control_characters_are_refused(write, key, text):
+    """They could end a line of a batch script, or of a log, and begin another."""
+    write("run.yaml", BASE)
+    section, _, name = key.rpartition(".")
+    line = f"{section}: {json.dumps({name: text})}" if section else f"{name}: {json.dumps(text)}"
+    file = write("over.yaml", f"extends: run.yaml\n{line}\n")
+    with pytest.raises(UserError, match=f"{key}: .* without line breaks and control characters is expected") as raised:
+        load_run(file)
+    assert len(str(raised.value).splitlines()) == 1

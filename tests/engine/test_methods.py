@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from dskd.assemble import assemble
 from dskd.config.load import load_run
-from dskd.launch.local import free_port, rank_environment
+from dskd.launch.ranks import free_port, rank_environment
 from dskd.losses import METHODS
-from dskd.prepare import prepare
 from dskd.train import train_step
 
-WORKER = Path(__file__).parent / "all_methods.py"
+WORKER = Path(__file__).parents[1] / "support" / "all_methods.py"
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_zero_3_trains_to_the_losses_of_zero_0(runs, kind):
 def test_the_loss_is_the_same_on_two_ranks_and_on_one(runs, kind, make_run, tmp_path, ranks):
     """dskd_cma takes a standard deviation over a micro-batch; the global batch is cut alike, whatever the ranks."""
     run = load_run(make_run(tmp_path, method={"kind": kind}, train={"max_steps": 3, "global_batch_size": 8}))
-    job = prepare(run, ranks)
-    batches = [job.train(indices) for indices in job.plan.micro_batches(0, 0, 1)]
-    figures = train_step(job, 1, batches)
+    training = assemble(run, ranks)
+    batches = [training.train(indices) for indices in training.plan.micro_batches(0, 0, 1)]
+    figures = train_step(training, 1, batches)
     expected = runs(kind, 0)[0]
     assert all(math.isfinite(value) for value in figures.values())
     assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-4)

@@ -6,10 +6,11 @@ import pytest
 
 from dskd.config.errors import UserError
 from dskd.engine.metrics import Monitor
+from dskd.rundir.layout import RunDirectory
 
 
 def test_each_step_is_one_line(tmp_path):
-    with Monitor(tmp_path, 2, is_main=True) as monitor:
+    with Monitor(RunDirectory(tmp_path), 2, is_main=True) as monitor:
         for step in (1, 2):
             monitor.step({"step": step, "loss": 0.5, "tokens_per_second": 10.0, "seconds": 0.1})
             written = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -18,7 +19,7 @@ def test_each_step_is_one_line(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    with Monitor(tmp_path, 1, is_main=False) as monitor:
+    with Monitor(RunDirectory(tmp_path), 1, is_main=False) as monitor:
         monitor.write({"step": 1, "loss": 0.5})
     assert list(tmp_path.iterdir()) == []
 
@@ -26,5 +27,5 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_no_space_for_a_metric_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     full = r"^output\.root: cannot write .*: No space left on device$"
-    with pytest.raises(UserError, match=full), Monitor(tmp_path, 1, is_main=True) as monitor:
+    with pytest.raises(UserError, match=full), Monitor(RunDirectory(tmp_path), 1, is_main=True) as monitor:
         monitor.write({"step": 1, "loss": 0.5})

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import varied_records, write_records
+from support.tiny import varied_records, write_records
 
 from dskd.config.load import load_run
 from dskd.config.recipes import find_recipes

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dskd.assemble import assemble
 from dskd.config.errors import UserError
 from dskd.config.load import load_run
 from dskd.config.methods import MethodConfig
@@ -19,7 +20,6 @@ from dskd.losses.cross_entropy import cross_entropy
 from dskd.losses.method import Method, finish
 from dskd.losses.streaming import StreamedLogits, stream
 from dskd.losses.tensors import Sum
-from dskd.prepare import prepare
 from dskd.train import learning_rates, train, train_step
 
 
@@ -53,29 +53,29 @@ def test_no_tensor_of_batch_times_length_times_vocabulary(kind, make_run, tmp_pa
     run_file = make_run(tmp_path, method={"kind": kind}, **sizes)
     long_records(tmp_path)
     run = load_run(run_file, ["data.max_length=512", "data.max_prompt_length=384", "data.workers=0"])
-    job = prepare(run, ranks)
-    batch = job.train(job.plan.micro_batches(0, 0, 1)[0])
+    training = assemble(run, ranks)
+    batch = training.train(training.plan.micro_batches(0, 0, 1)[0])
     assert batch.student.input_ids.shape == (4, 512)
-    train_step(job, 1, [batch])  # the first step also makes the optimizer's state
+    train_step(training, 1, [batch])  # the first step also makes the optimizer's state
     with Largest() as largest:
-        train_step(job, 2, [batch])
-    widths = [view.vocab_size for view in (job.distiller._view[0], job.teacher) if view is not None]
+        train_step(training, 2, [batch])
+    widths = [training.ends.vocab_size, *([] if training.teacher is None else [training.teacher.ends.vocab_size])]
     assert largest.numel < 4 * 512 * min(widths)
 
 
 def test_a_non_finite_loss_stops_the_run_before_the_weights_are_touched(make_run, tmp_path, ranks):
     run_file = make_run(tmp_path, method={"kind": "dskd_cma"}, train={"global_batch_size": 8, "micro_batch_size": 4})
-    job = prepare(load_run(run_file), ranks)
-    batches = [job.train(indices) for indices in job.plan.micro_batches(0, 0, 1)]
+    training = assemble(load_run(run_file), ranks)
+    batches = [training.train(indices) for indices in training.plan.micro_batches(0, 0, 1)]
     with torch.no_grad():
-        job.distiller.method.t2s.weight.fill_(math.inf)
-    before = {name: p.detach().clone() for name, p in job.distiller.student.named_parameters()}
+        training.distiller.method.t2s.weight.fill_(math.inf)
+    before = {name: p.detach().clone() for name, p in training.distiller.student.named_parameters()}
     records = ", ".join(map(str, sorted(i for b in batches for i in b.records)))
     with pytest.raises(
         UserError, match=rf"step 1: the loss is not finite in part .*t2s_ce.*training records {records} "
     ):
-        train_step(job, 1, batches)
-    after = dict(job.distiller.student.named_parameters())
+        train_step(training, 1, batches)
+    after = dict(training.distiller.student.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -83,9 +83,9 @@ def test_parts_are_means_over_the_global_batch_however_it_is_cut(make_run, tmp_p
     figures = []
     for micro in (2, 8):
         run_file = make_run(tmp_path, method={"kind": "kd"}, train={"global_batch_size": 8, "micro_batch_size": micro})
-        job = prepare(load_run(run_file), ranks)
-        batches = [job.train(indices) for indices in job.plan.micro_batches(0, 0, 1)]
-        figures.append([train_step(job, step, batches) for step in (1, 2)])
+        training = assemble(load_run(run_file), ranks)
+        batches = [training.train(indices) for indices in training.plan.micro_batches(0, 0, 1)]
+        figures.append([train_step(training, step, batches) for step in (1, 2)])
     for a, b in zip(*figures, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
@@ -97,7 +97,7 @@ def test_a_method_for_one_vocabulary_refuses_two(make_run, tiny, tmp_path, ranks
         UserError,
         match=r"^method\.kind: kd needs one vocabulary, .* methods for two: dskd_cma, dskd_v2_eta, mined, uld$",
     ):
-        prepare(load_run(run_file), ranks)
+        assemble(load_run(run_file), ranks)
 
 
 @pytest.mark.parametrize("kind", ["uld", "mined", "dskd_cma", "dskd_v2_eta"])
@@ -113,15 +113,15 @@ def test_a_method_for_two_vocabularies_runs_with_one_and_says_so(kind, make_run,
 
 @pytest.mark.parametrize("kind", ["uld", "mined", "dskd_v2_eta"])
 def test_without_any_aligned_token_the_loss_is_finite_and_a_metric_tells(kind, make_run, tmp_path, ranks):
-    job = prepare(load_run(make_run(tmp_path, method={"kind": kind})), ranks)
-    batches = [job.train(indices) for indices in job.plan.micro_batches(0, 0, 1)]
-    usual = train_step(job, 1, batches)
+    training = assemble(load_run(make_run(tmp_path, method={"kind": kind})), ranks)
+    batches = [training.train(indices) for indices in training.plan.micro_batches(0, 0, 1)]
+    usual = train_step(training, 1, batches)
     assert 0 < usual["aligned_tokens"] <= 1
     assert usual["samples_without_alignment"] < 1
     nothing = torch.empty((0, 2), dtype=torch.int64)
     empty = Side(*(torch.zeros(2, 1, dtype=torch.int64),) * 2, *(torch.empty(0, dtype=torch.int64),) * 3, (0, 0))
     batches = [replace(b, pairs=nothing, teacher=empty if kind == "uld" else b.teacher) for b in batches]
-    figures = train_step(job, 2, batches)
+    figures = train_step(training, 2, batches)
     assert all(math.isfinite(value) for value in figures.values())
     assert figures["aligned_tokens"] == 0
     assert figures["samples_without_alignment"] == 1
@@ -129,23 +129,23 @@ def test_without_any_aligned_token_the_loss_is_finite_and_a_metric_tells(kind, m
 
 def test_projectors_alone_are_trained_and_taken_over(make_run, tmp_path, ranks):
     run_file = make_run(tmp_path, method={"kind": "dskd_cma", "projectors_only": True}, train={"max_steps": 2})
-    job = prepare(load_run(run_file), ranks)
-    before = {name: p.detach().clone() for name, p in job.distiller.named_parameters()}
-    train_step(job, 1, [job.train(indices) for indices in job.plan.micro_batches(0, 0, 1)])
-    for name, parameter in job.distiller.named_parameters():
+    training = assemble(load_run(run_file), ranks)
+    before = {name: p.detach().clone() for name, p in training.distiller.named_parameters()}
+    train_step(training, 1, [training.train(indices) for indices in training.plan.micro_batches(0, 0, 1)])
+    for name, parameter in training.distiller.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith("student."), name
     directory = train(load_run(run_file), ranks)
     (saved,) = directory.glob("epoch*")
     second = make_run(tmp_path, method={"kind": "dskd_cma", "projectors_from": saved}, output={"name": "second"})
-    method = prepare(load_run(second), ranks).distiller.method
+    method = assemble(load_run(second), ranks).distiller.method
     expected = load_file(saved / "projectors.safetensors")
     assert {name for name, _ in method.named_parameters()} == set(expected)
     assert all(torch.equal(p.detach().cpu(), expected[name]) for name, p in method.named_parameters())
     other = make_run(tmp_path, method={"kind": "dskd", "projectors_from": saved}, output={"name": "third"})
     with pytest.raises(UserError, match=r"^method\.projectors_from: .*projectors\.safetensors does not fit: .*query"):
-        prepare(load_run(other), ranks)
+        assemble(load_run(other), ranks)
     with pytest.raises(UserError, match=r"^method\.projectors_from: no projectors\.safetensors in "):
-        prepare(load_run(other, [f"method.projectors_from={tmp_path}"]), ranks)
+        assemble(load_run(other, [f"method.projectors_from={tmp_path}"]), ranks)
 
 
 def test_a_method_is_added_from_outside(make_run, tmp_path, ranks, monkeypatch):
@@ -160,13 +160,13 @@ def test_a_method_is_added_from_outside(make_run, tmp_path, ranks, monkeypatch):
         """Weight."""
 
     class Toy(Method):
-        def __init__(self, settings, *rest):
-            super().__init__(settings, *rest)
+        def __init__(self, settings, context):
+            super().__init__(settings, context)
             self.weights = {"ce": settings.weight}
 
-        def forward(self, student, teacher, scale):
+        def forward(self, student, teacher, scale_parts):
             count, total = len(student.labels), torch.zeros(())
-            scales = scale({"ce": count})
+            scales = scale_parts({"ce": count})
             streamed = StreamedLogits(student.hidden, self.student.head(), grad_head=True)
             for rows, (logits,) in stream(range(count), self.memory_mb, streamed):
                 value, grad = cross_entropy(logits, student.labels[rows])

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
-from disks import disk_of
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from support.disks import disk_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dskd.launch.local import rank_environment
+from dskd.launch.ranks import rank_environment
 
 
 def dskd(*arguments, processes=None, check=True, **environment):

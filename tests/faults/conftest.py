@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from starts import end_all
+from support.starts import end_all
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from compare import figures, lines, newest_state, steps
-from disks import disk_of
-from starts import Start, finish
+from support.compare import figures, lines, newest_state, steps
+from support.disks import disk_of
+from support.starts import Start, finish
 
-from dskd.launch.local import rank_environment
+from dskd.launch.ranks import rank_environment
 
 pytestmark = pytest.mark.faults
 

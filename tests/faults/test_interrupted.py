@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from compare import figures, lines, newest_state, steps
-from starts import Start, finish
+from support.compare import figures, lines, newest_state, steps
+from support.starts import Start, finish
 
-from dskd.engine.files import sha256
+from dskd.rundir.files import sha256
 
 pytestmark = pytest.mark.faults
 CONFIGURATIONS = {

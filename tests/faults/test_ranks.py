@@ -3,8 +3,8 @@
 import signal
 
 import pytest
-from compare import lines, steps
-from starts import Start, finish
+from support.compare import lines, steps
+from support.starts import Start, finish
 
 pytestmark = pytest.mark.faults
 

@@ -8,23 +8,25 @@ import pytest
 from dskd.config.errors import UserError
 from dskd.launch import slurm
 from dskd.launch.batch import SLURM_SIGNALS_EARLY, finish, why_not_again, why_stopped
-from dskd.launch.record import Job, Record
 from dskd.launch.task import ASKED, PORTS, again_reason, port_of
+from dskd.rundir.jobs import Ending, Job, Jobs
+from dskd.rundir.read import is_complete, read_rougel
 
 JOB = Job("local", ("true",), 2, 2, minutes=60, signal_seconds=300, max_requeues=3, id="7")
 
 
 @pytest.fixture
-def record(tmp_path):
-    record = Record(tmp_path)
-    record.write_job(JOB)
-    return record
+def jobs(tmp_path):
+    jobs = Jobs.at(tmp_path)
+    jobs.write(JOB)
+    return jobs
 
 
-def state(record: Record, step: int, finished: bool = False) -> None:
-    folder = record.directory / "resume" / f"step{step}"
+def state(jobs: Jobs, step: int, finished: bool = False) -> None:
+    folder = jobs.directory.path / "resume" / f"step{step}"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"finished": finished}))
+    about = {"format": 1, "world_size": 1, "step": step, "finished": finished}
+    (folder / "state.json").write_text(json.dumps(about))
     (folder.parent / "LATEST").write_text(f"step{step}\n")
 
 
@@ -61,76 +63,76 @@ def test_a_run_that_was_asked_to_stop_early_was_preempted():
         ("time limit", "preempted", True),
     ],
 )
-def test_two_starts_without_progress_are_enough_unless_the_run_was_preempted(record, before, reason, again):
-    state(record, 40)
-    record.add_start("7", "node1")
-    assert why_not_again(record, JOB, reason) is None
-    record.end_start(1, "again", before)
-    record.add_start("7", "node2")
-    problem = why_not_again(record, JOB, reason)
+def test_two_starts_without_progress_are_enough_unless_the_run_was_preempted(jobs, before, reason, again):
+    state(jobs, 40)
+    jobs.add_start("7", "node1")
+    assert why_not_again(jobs, JOB, reason) is None
+    jobs.end_start(1, "again", before)
+    jobs.add_start("7", "node2")
+    problem = why_not_again(jobs, JOB, reason)
     assert (problem is None) == again
     assert again or "two starts in a row made no progress after step 40" in problem
 
 
-def test_after_progress_a_run_is_started_again(record):
-    state(record, 40)
-    record.add_start("7", "node1")
-    record.end_start(1, "again", "time limit")
-    record.add_start("7", "node1")
-    state(record, 41)
-    assert why_not_again(record, JOB, "time limit") is None
+def test_after_progress_a_run_is_started_again(jobs):
+    state(jobs, 40)
+    jobs.add_start("7", "node1")
+    jobs.end_start(1, "again", "time limit")
+    jobs.add_start("7", "node1")
+    state(jobs, 41)
+    assert why_not_again(jobs, JOB, "time limit") is None
 
 
-def test_an_evaluation_that_was_made_up_for_is_progress(record):
+def test_an_evaluation_that_was_made_up_for_is_progress(jobs):
     for name in ("step40-before-evaluation", "step40"):
-        (record.directory / "resume").mkdir(exist_ok=True)
-        (record.directory / "resume" / "LATEST").write_text(f"{name}\n")
-        record.add_start("7", "node1")
-        record.end_start(len(record.starts()), "again", "time limit")
-        assert record.state_step() == 40
-    record.add_start("7", "node1")
-    (record.directory / "resume" / "LATEST").write_text("step40-before-evaluation\n")
-    assert why_not_again(record, JOB, "time limit") is None
+        (jobs.directory.path / "resume").mkdir(exist_ok=True)
+        (jobs.directory.path / "resume" / "LATEST").write_text(f"{name}\n")
+        jobs.add_start("7", "node1")
+        jobs.end_start(len(jobs.starts()), "again", "time limit")
+        assert jobs.state_step() == 40
+    jobs.add_start("7", "node1")
+    (jobs.directory.path / "resume" / "LATEST").write_text("step40-before-evaluation\n")
+    assert why_not_again(jobs, JOB, "time limit") is None
 
 
-def test_a_run_is_not_started_again_for_ever(record, monkeypatch):
+def test_a_run_is_not_started_again_for_ever(jobs, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    record.add_start("7", "node1")
-    assert "started again 3 times already" in why_not_again(record, JOB, "preempted")
+    jobs.add_start("7", "node1")
+    assert "started again 3 times already" in why_not_again(jobs, JOB, "preempted")
 
 
-def test_the_first_rank_that_did_not_finish_tells_why(record, capsys):
-    record.add_start("7", "node[1-2]")
-    record.mark_ending(False, "rank 1 on node1: exit code 1, ValueError: broken")
-    record.mark_ending(True, ASKED)  # Slurm ended the other ranks after that
-    assert finish(record, 1) == 1
-    assert record.starts()[-1].outcome == "failed"
+def test_the_first_rank_that_did_not_finish_tells_why(jobs, capsys):
+    jobs.add_start("7", "node[1-2]")
+    jobs.mark_ending(Ending(False, "rank 1 on node1: exit code 1, ValueError: broken"))
+    jobs.mark_ending(Ending(True, ASKED))  # Slurm ended the other ranks after that
+    assert finish(jobs, 1) == 1
+    assert jobs.starts()[-1].outcome == "failed"
     assert capsys.readouterr().err == "dskd: rank 1 on node1: exit code 1, ValueError: broken\n"
 
 
-def test_a_start_that_never_told_its_end_was_lost(record):
-    record.add_start("7", "node1")
-    state(record, 5)
-    record.add_start("7", "node2")
-    record.end_start(2, "finished", "")
-    with (record.folder / "starts.jsonl").open("a") as torn:
+def test_a_start_that_never_told_its_end_was_lost(jobs):
+    jobs.add_start("7", "node1")
+    state(jobs, 5)
+    jobs.add_start("7", "node2")
+    jobs.end_start(2, "finished", "")
+    with jobs.folder.starts.open("a") as torn:
         torn.write('{"number": 3, "jo')
-    assert [(s.number, s.outcome, s.step) for s in record.starts()] == [(1, "lost", 0), (2, "finished", 5)]
+    assert [(s.number, s.outcome, s.step) for s in jobs.starts()] == [(1, "lost", 0), (2, "finished", 5)]
 
 
-def test_a_complete_run_or_evaluation_is_recognised(record):
-    assert not record.is_complete()
-    state(record, 10)
-    assert not record.is_complete()
-    state(record, 20, finished=True)
-    assert record.is_complete()
-    assert record.state_step() == 20
-    evaluation = Record(record.directory / "eval" / "dev" / "seed1")
-    evaluation.directory.mkdir(parents=True)
-    assert not evaluation.is_complete()
-    (evaluation.directory / "results.json").write_text('{"rougel": {"mean": 12.5}}')
-    assert evaluation.is_complete()
-    assert evaluation.rougel() == 12.5
+def test_a_complete_run_or_evaluation_is_recognised(jobs):
+    assert not is_complete(jobs.directory)
+    state(jobs, 10)
+    assert not is_complete(jobs.directory)
+    state(jobs, 20, finished=True)
+    assert is_complete(jobs.directory)
+    assert jobs.state_step() == 20
+    evaluation = Jobs.at(jobs.directory.path / "eval" / "dev" / "seed1")
+    evaluation.directory.path.mkdir(parents=True)
+    assert not is_complete(evaluation.directory)
+    (evaluation.directory.path / "results.json").write_text('{"rougel": {"mean": 12.5}}')
+    assert is_complete(evaluation.directory)
+    assert read_rougel(evaluation.directory.path) == 12.5
 
 
 def test_jobs_with_near_ids_have_different_ports():

@@ -12,12 +12,12 @@ import time
 import pytest
 
 from dskd.config.stopping import UNFINISHED
-from dskd.launch.local import TAIL_LINES, end, exit_code, first_failed, free_port, rank_environment
+from dskd.launch.ranks import TAIL_LINES, end, exit_code, first_failed, free_port, rank_environment
 
 # A shell lets what it starts in the background ignore SIGQUIT, and a script could not trap it then.
 DRIVER = """
 import signal, sys
-from dskd.launch.local import run_processes
+from dskd.launch.ranks import run_processes
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 sys.executable = sys.argv[1]
 sys.exit(run_processes(sys.argv[3:], int(sys.argv[2])))

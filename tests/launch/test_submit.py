@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dskd.launch.record import Job, Record
+from dskd.rundir.jobs import Job, Jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGIN = ROOT / ".venv-login" / "bin" / "dskd"
@@ -47,11 +47,11 @@ def test_a_dry_run_shows_script_and_command_and_writes_nothing(run):
 
 @login
 def test_a_dry_run_and_the_status_take_less_than_a_second_where_torch_is_not_installed(run, tmp_path):
-    record = Record(tmp_path / "outputs" / "student" / "sft" / "default")
-    record.write_job(Job("local", ("true",), 1, 1, 60, 30, 5, id="1"))
-    record.add_start("1", "node1")
-    record.end_start(1, "finished", "")
-    for arguments in (("submit", run, "--cluster", "local", "--dry-run"), ("status", record.directory)):
+    jobs = Jobs.at(tmp_path / "outputs" / "student" / "sft" / "default")
+    jobs.write(Job("local", ("true",), 1, 1, 60, 30, 5, id="1"))
+    jobs.add_start("1", "node1")
+    jobs.end_start(1, "finished", "")
+    for arguments in (("submit", run, "--cluster", "local", "--dry-run"), ("status", jobs.directory.path)):
         seconds = []
         for _ in range(3):
             begun = time.monotonic()

@@ -9,8 +9,8 @@ from typing import get_args
 
 import pytest
 import torch
-from heads import Weights, sums
 from safetensors.torch import load_file
+from support.heads import Weights, sums
 
 from dskd.config.methods import (
     Divergence,
@@ -26,7 +26,7 @@ from dskd.losses.dskd import Dskd
 from dskd.losses.dskd_cma import DskdCma
 from dskd.losses.dskd_v2 import DskdV2
 from dskd.losses.kd import Kd
-from dskd.losses.tensors import Tokens
+from dskd.losses.tensors import MethodContext, Tokens
 from dskd.losses.uld import Uld
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -82,7 +82,7 @@ def test_divergence(name):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_kd_is_the_divergence_beside_cross_entropy(name):
     (model, student, at), (teacher_model, teacher, _) = side("stu"), side("tea_same")
-    method = Kd(KdConfig(divergence=name, **SETTINGS), model, teacher_model, MEMORY_MB)
+    method = Kd(KdConfig(divergence=name, **SETTINGS), MethodContext(model, teacher_model, MEMORY_MB))
     out = method(student, teacher, lambda counts: {"ce": 0.0, "kd": 1.0})
     out.loss.backward()
     assert_close_to(out.parts["kd"].value, GOLDEN[f"divergence.{name}.total"], 1e-5)
@@ -99,7 +99,7 @@ def test_kd_is_the_divergence_beside_cross_entropy(name):
 )
 def test_dual_space(kind, config, sides, name):
     (model, student, at), (teacher_model, teacher, _) = map(side, sides)
-    method = kind(config(divergence=name, **SETTINGS), model, teacher_model, MEMORY_MB)
+    method = kind(config(divergence=name, **SETTINGS), MethodContext(model, teacher_model, MEMORY_MB))
     golden = f"{config.kind}.{name}"
     projectors = group(GOLDEN, f"{golden}.proj")
     method.load_state_dict({key: projectors[key] for key in method.state_dict()})
@@ -112,7 +112,7 @@ def test_dual_space(kind, config, sides, name):
 @pytest.mark.parametrize(("name", "teacher_name"), [("uld", "tea_diff"), ("uld_same", "tea_same")])
 def test_uld(name, teacher_name):
     (model, student, at), (teacher_model, teacher, _) = side("stu"), side(teacher_name)
-    assert_golden(name, Uld(UldConfig(), model, teacher_model, MEMORY_MB), student, teacher, model, at)
+    assert_golden(name, Uld(UldConfig(), MethodContext(model, teacher_model, MEMORY_MB)), student, teacher, model, at)
 
 
 def v2_settings(config, divergence, variant):
@@ -133,11 +133,11 @@ def assert_v2(golden, name, method, student, teacher, model, at):
     teacher = Tokens(teacher.hidden.detach(), *teacher[1:])
     found = {}
 
-    def scale(counts):
+    def scale_parts(counts):
         found.update(counts)
         return {part: weight / max(counts[part], 1) for part, weight in weights.items()}
 
-    out = method(student, teacher, scale)
+    out = method(student, teacher, scale_parts)
     out.loss.backward()
     assert_close_to(out.loss, expected["kd"], 1e-5)
     for part in ("t2s_ce", "t2s_kd", "s2t_kd"):
@@ -157,7 +157,7 @@ VARIANTS = ["init", "init_agree0", "random"]
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dskd_v2(variant, divergence):
     (model, student, at), (teacher_model, teacher, _) = side("stu", V2), side("tea_same", V2)
-    method = DskdV2(v2_settings(DskdV2Config, divergence, variant), model, teacher_model, MEMORY_MB)
+    method = DskdV2(v2_settings(DskdV2Config, divergence, variant), MethodContext(model, teacher_model, MEMORY_MB))
     assert_v2(V2, f"dskd_v2.{divergence}.{variant}", method, student, teacher, model, at)
 
 
@@ -172,5 +172,5 @@ def test_dskd_v2_eta(variant, divergence):
     pairs = [[t + teacher_starts[i], s + student_starts[i]] for i, t, s in ETA["alignment.pairs"].tolist()]
     teacher = teacher._replace(pairs=torch.tensor(pairs))
     settings = v2_settings(DskdV2EtaConfig, divergence, variant)
-    method = DskdV2(settings, model, teacher_model, MEMORY_MB, student_ids)
+    method = DskdV2(settings, MethodContext(model, teacher_model, MEMORY_MB, student_ids))
     assert_v2(ETA, f"dskd_v2_eta.{divergence}.{variant}", method, student, teacher, model, at)

@@ -5,15 +5,15 @@ from typing import get_args
 
 import pytest
 import torch
-from dense import dense_loss
-from heads import Weights, means
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.dense import dense_loss
+from support.heads import Weights, means
 
 from dskd.config.methods import Divergence, MethodConfig
 from dskd.losses import METHODS, streaming
 from dskd.losses.streaming import chunk_size
-from dskd.losses.tensors import Tokens
+from dskd.losses.tensors import MethodContext, Tokens
 
 DIVERGENCES = get_args(Divergence)
 HEADS = {"plain": {}, "scaled": {"scale": 0.5}, "soft-capped": {"softcap": 2.0}, "both": {"scale": 3.0, "softcap": 2.0}}
@@ -62,7 +62,7 @@ def case(kind, lengths, other_lengths, vocabularies, head=None, dtype=torch.floa
         other = other._replace(pairs=random_pairs(own, other, kind == "dskd_v2_eta"))
     known = {f.name for f in dataclasses.fields(MethodConfig.kinds[kind])}
     config = MethodConfig.kinds[kind](**{k: v for k, v in chosen.items() if k in known})
-    method = METHODS[kind](config, student, teacher, 1, student_ids).to(dtype)
+    method = METHODS[kind](config, MethodContext(student, teacher, 1, student_ids)).to(dtype)
     return method, student, teacher, own, other
 
 

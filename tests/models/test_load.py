@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from dskd.config.errors import UserError
 from dskd.config.models import LoraConfig, StudentConfig, TeacherConfig
-from dskd.models.load import load_causal_lm, load_checkpoint, load_student, load_teacher, load_tokenizer
+from dskd.models.load import load_causal_lm, load_checkpoint, load_student, load_tokenizer
+from dskd.teachers.resident import load_resident
 
 CPU = torch.device("cpu")
 IDS = torch.arange(20).reshape(2, 10)
@@ -115,26 +116,31 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, lora):
 # Teachers
 
 
+def load_teacher(settings: TeacherConfig):
+    """The module of a resident teacher."""
+    return load_resident(settings, load_tokenizer(settings.path, "teacher.path"), "fp32", CPU).view.causal
+
+
 def test_a_teacher_is_frozen(tiny):
-    teacher = load_teacher(TeacherConfig(tiny("qwen2")), "fp32", CPU)
+    teacher = load_teacher(TeacherConfig(tiny("qwen2")))
     assert not trainable(teacher)
     assert not teacher.training
 
 
 def test_a_teacher_s_adapter_is_merged(tiny, adapter):
-    teacher = load_teacher(TeacherConfig(tiny("llama"), adapter), "fp32", CPU)
+    teacher = load_teacher(TeacherConfig(tiny("llama"), adapter))
     unmerged = PeftModel.from_pretrained(load_causal_lm(tiny("llama"), "teacher.path", "fp32", False), adapter)
     torch.testing.assert_close(logits_of(teacher), logits_of(unmerged), atol=1e-4, rtol=1e-4)
-    without = logits_of(load_teacher(TeacherConfig(tiny("llama")), "fp32", CPU))
+    without = logits_of(load_teacher(TeacherConfig(tiny("llama"))))
     assert (logits_of(teacher) - without).abs().max() > 0.1
     assert not trainable(teacher)
     assert not any("lora" in name for name, _ in teacher.named_parameters())
 
 
 def test_an_adapter_of_another_model_is_refused(tiny, adapter):
-    message = error_of(load_teacher, TeacherConfig(tiny("gpt2"), adapter), "fp32", CPU)
+    message = error_of(load_teacher, TeacherConfig(tiny("gpt2"), adapter))
     assert message.startswith(f"teacher.adapter: the adapter in {adapter} does not fit the model: ")
-    assert error_of(load_teacher, TeacherConfig(tiny("llama", hidden_size=48), adapter), "fp32", CPU)
+    assert error_of(load_teacher, TeacherConfig(tiny("llama", hidden_size=48), adapter))
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
@@ -143,7 +149,7 @@ def test_an_adapter_without_all_its_weights_is_refused(tiny, adapter, tmp_path, 
     weights = sorted(load_file(adapter / "adapter_model.safetensors").items())
     broken = Path(shutil.copytree(adapter, tmp_path / "broken"))
     save_file(dict(weights[: kept * len(weights) // 2]), broken / "adapter_model.safetensors")
-    assert error_of(load_teacher, TeacherConfig(tiny("llama"), broken), "fp32", CPU).startswith("teacher.adapter: ")
+    assert error_of(load_teacher, TeacherConfig(tiny("llama"), broken)).startswith("teacher.adapter: ")
 
 
 def test_a_pickled_adapter_is_not_read(tiny, adapter, tmp_path):
@@ -151,7 +157,7 @@ def test_a_pickled_adapter_is_not_read(tiny, adapter, tmp_path):
     weights = pickled / "adapter_model.safetensors"
     torch.save(load_file(weights), pickled / "adapter_model.bin")
     weights.unlink()
-    assert error_of(load_teacher, TeacherConfig(tiny("llama"), pickled), "fp32", CPU).startswith("teacher.adapter: ")
+    assert error_of(load_teacher, TeacherConfig(tiny("llama"), pickled)).startswith("teacher.adapter: ")
 
 
 # Folders that do not hold a whole model
@@ -177,7 +183,7 @@ def test_weights_of_another_shape_are_told(copy):
     folder = copy()
     config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 48}
     (folder / "config.json").write_text(json.dumps(config))
-    message = error_of(load_teacher, TeacherConfig(folder), "fp32", CPU)
+    message = error_of(load_teacher, TeacherConfig(folder))
     assert message.startswith(f"teacher.path: no causal language model loads from {folder}: ")
 
 
@@ -193,7 +199,8 @@ def test_pickled_weights_are_not_read(copy):
 def test_a_folder_of_no_causal_language_model(copy, config):
     folder = copy()
     (folder / "config.json").write_text(config)
-    assert error_of(load_teacher, TeacherConfig(folder), "fp32", CPU).startswith("teacher.path: no causal language")
+    message = error_of(load_causal_lm, folder, "teacher.path", "fp32", False)
+    assert message.startswith("teacher.path: no causal language")
 
 
 @pytest.mark.parametrize("end", [0, -1000])
@@ -230,7 +237,7 @@ def test_a_broken_tokenizer(copy):
 def test_a_checkpoint_is_a_whole_model_or_an_adapter_over_its_base(tiny, adapter, tmp_path):
     whole = load_checkpoint(tiny("llama"), "fp32", CPU)
     torch.testing.assert_close(logits_of(whole), logits_of(load_causal_lm(tiny("llama"), "", "fp32", False)))
-    teacher = load_teacher(TeacherConfig(tiny("llama"), adapter), "fp32", CPU)
+    teacher = load_teacher(TeacherConfig(tiny("llama"), adapter))
     torch.testing.assert_close(logits_of(load_checkpoint(adapter, "fp32", CPU)), logits_of(teacher))
     moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
     config = json.loads((moved / "adapter_config.json").read_text()) | {"base_model_name_or_path": "/gone/llama"}

@@ -11,7 +11,7 @@ from dskd.config.errors import UserError
 from dskd.data.batch import collate
 from dskd.data.tokenization import Sample
 from dskd.models.load import DTYPES, load_causal_lm
-from dskd.models.views import ModelView, check_view, check_vocabulary
+from dskd.models.views import ModelView, check_view, check_vocabulary, response_tokens
 
 FAMILIES = ["gpt2", "llama", "qwen2", "mistral", "gemma2"]
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -41,9 +41,9 @@ def own_logits(model, side) -> torch.Tensor:
 
 def from_view(view, side) -> torch.Tensor:
     """Logits by the definition of a head, the plain way."""
-    head = view.head()
+    head = view.ends.head()
     with torch.no_grad():
-        logits = linear(view.tokens(side).hidden, head.weight, head.bias) * head.scale
+        logits = linear(view.body.states(side), head.weight, head.bias) * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
@@ -53,8 +53,8 @@ def test_the_view_of_each_family_gives_its_logits(tiny, side, family, tied):
     model = load_causal_lm(tiny(family, tied=tied), "student.path", "fp32", False).eval()
     view = ModelView(model, "student.path")
     assert check_view(view) is None
-    assert (view.head().weight is view.embeddings.weight) == tied
-    assert view.head().weight.shape == (view.vocab_size, view.hidden_size)
+    assert (view.ends.head().weight is view.ends.embeddings.weight) == tied
+    assert view.ends.head().weight.shape == (view.ends.vocab_size, view.ends.hidden_size)
     expected = own_logits(model, side)
     assert expected.std() > 0.5
     torch.testing.assert_close(from_view(view, side), expected, atol=1e-5, rtol=1e-4)
@@ -65,7 +65,7 @@ def test_the_view_holds_in_bf16(tiny, side, family):
     model = load_causal_lm(tiny(family), "student.path", "bf16", False).eval()
     view = ModelView(model, "student.path")
     assert check_view(view) is None
-    assert view.tokens(side).hidden.dtype == torch.bfloat16
+    assert view.body.states(side).dtype == torch.bfloat16
     torch.testing.assert_close(from_view(view, side).float(), own_logits(model, side).float(), atol=0.05, rtol=0.05)
 
 
@@ -77,36 +77,36 @@ def test_scales_and_biases_of_other_families(side, family):
         torch.nn.init.normal_(model.lm_head.bias)
     view = ModelView(model, "teacher.path")
     assert check_view(view) is None
-    assert view.head().scale == (1.0 if family == "phi" else 0.25)
+    assert view.ends.head().scale == (1.0 if family == "phi" else 0.25)
     torch.testing.assert_close(from_view(view, side), own_logits(model, side), atol=1e-5, rtol=1e-4)
 
 
 def test_soft_capping_is_in_the_logits_that_are_compared(tiny):
     view = ModelView(load_causal_lm(tiny("gemma2"), "teacher.path", "fp32", False), "teacher.path")
-    assert view.softcap == 3.0
-    view.softcap = None
+    assert view.ends.softcap == 3.0
+    view.ends.softcap = None
     with pytest.raises(UserError, match=r"^teacher\.path: Gemma2ForCausalLM is not supported"):
         check_view(view)
 
 
 def test_tokens_are_those_of_the_batch(tiny, side):
     view = ModelView(load_causal_lm(tiny("llama"), "student.path", "fp32", False), "student.path")
-    tokens = view.tokens(side)
-    assert tokens.hidden.shape == (len(side.labels), view.hidden_size)
+    tokens = response_tokens(view.body.states(side), side)
+    assert tokens.hidden.shape == (len(side.labels), view.ends.hidden_size)
     assert tokens.hidden.requires_grad
     assert torch.equal(tokens.labels, side.labels)
     assert torch.equal(tokens.inputs, side.inputs)
     assert tokens.lengths == side.lengths
-    embedded = view.embed(side.labels)
-    assert torch.equal(embedded, view.embeddings.weight[side.labels])
+    embedded = view.ends.embed(side.labels)
+    assert torch.equal(embedded, view.ends.embeddings.weight[side.labels])
     assert not embedded.requires_grad
 
 
 def test_padding_changes_no_hidden_state(tiny, side):
     view = ModelView(load_causal_lm(tiny("qwen2"), "student.path", "fp32", False).eval(), "student.path")
     row, length = 1, int(side.attention_mask[1].sum())
-    padded = view.hidden(side.input_ids, side.attention_mask)[row, :length]
-    alone = view.hidden(side.input_ids[row : row + 1, :length], side.attention_mask[row : row + 1, :length])[0]
+    padded = view.body.hidden(side.input_ids, side.attention_mask)[row, :length]
+    alone = view.body.hidden(side.input_ids[row : row + 1, :length], side.attention_mask[row : row + 1, :length])[0]
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-4)
 
 
@@ -148,7 +148,7 @@ def test_embeddings_narrower_than_the_layers_are_what_the_head_takes():
     )
     view = ModelView(AutoModelForCausalLM.from_config(config), "student.path")
     check_view(view)
-    assert view.hidden_size == view.embeddings.embedding_dim == 16
+    assert view.ends.hidden_size == view.ends.embeddings.embedding_dim == 16
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -174,7 +174,7 @@ def test_a_view_looks_through_lora(tiny, side, family):
 def test_a_tokenizer_with_ids_beyond_the_embeddings_is_refused(tiny):
     view = ModelView(load_causal_lm(tiny("llama"), "student.path", "fp32", False), "student.path")
     tokenizer = tiny.tokenizer("pieces")
-    rows = view.embeddings.num_embeddings
+    rows = view.ends.embeddings.num_embeddings
     tokenizer.add_tokens([f"<new{i}>" for i in range(rows - len(tokenizer))])
     assert check_vocabulary(view, tokenizer) is None
     tokenizer.add_tokens(["<one more>"])

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import DOWN, LOCAL, ROOT, bring_up
 from ruamel.yaml import YAML
+from support.cluster import DOWN, LOCAL, ROOT, bring_up
 
 
 @pytest.fixture(scope="session")

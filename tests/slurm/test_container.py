@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, dskd, steps, submit, wait_for, wait_until
+from support.cluster import ROOT, dskd, steps, submit, wait_for, wait_until
 
 DOCKER = Path("/usr/bin/docker")
 ENGINE = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false", "--ip-forward=false"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import (
+from support.cluster import (
     bring_up,
     dskd,
     metrics,
@@ -27,7 +27,7 @@ from cluster import (
 )
 from transformers import AutoModelForCausalLM
 
-from dskd.launch.record import Record
+from dskd.rundir.jobs import Jobs
 
 FIRST_HALF, SECOND_HALF = {"nodelist": "node[1-2]"}, {"exclude": "node[1-2]"}
 
@@ -71,7 +71,7 @@ def runs(slurm, profile, make_run, tmp_path_factory):
         files.append(root / f"seed{seed}.yaml")
         files[-1].write_text(f"extends: run.yaml\ntrain: {{seed: {seed}}}\noutput: {{name: seed{seed}}}\n")
     array = submit(*files, "--cluster", others, "--parallel", 4, *alone, "train.max_steps=2")
-    wait_until(lambda: len(Record(killed).starts()) == 2, 200)
+    wait_until(lambda: len(Jobs.at(killed).starts()) == 2, 200)
     bring_up(slurm)
     return Runs(undisturbed, preempted, ranks, killed, node, array)
 
@@ -96,7 +96,7 @@ def test_ranks_find_each_other(runs):
 
 def test_a_run_on_a_killed_node_moves_and_goes_on_from_its_last_state(runs):
     status = wait_for(runs.on_a_killed_node, "finished")
-    lost, second = Record(runs.on_a_killed_node).starts()
+    lost, second = Jobs.at(runs.on_a_killed_node).starts()
     assert (lost.outcome, second.outcome) == ("lost", "finished")
     assert status.restarts == (lost.reason,)
     assert runs.killed_node in hosts(lost.nodes)
@@ -123,7 +123,7 @@ def test_twenty_runs_finish_four_at_a_time(runs):
     begun, ended = [], []
     for directory in runs.array:
         assert wait_for(directory, "finished").step == 2
-        (start,) = Record(directory).starts()
+        (start,) = Jobs.at(directory).starts()
         begun.append(start.time)
         ended.append(start.ended)
     at_once = [sum(b <= moment < e for b, e in zip(begun, ended, strict=True)) for moment in begun]

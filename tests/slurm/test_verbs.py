@@ -7,12 +7,12 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from cluster import DOWN, bring_up, dskd, outcomes, steps, submit, wait_for, wait_until
 from ruamel.yaml import YAML
+from support.cluster import DOWN, bring_up, dskd, outcomes, steps, submit, wait_for, wait_until
 
 from dskd.launch import slurm as commands
-from dskd.launch.record import Record
 from dskd.launch.status import statuses
+from dskd.rundir.jobs import Jobs
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_cancelled_run_leaves_a_state_that_resume_continues(run, local):
     assert commands.ended([job])[job].state.startswith("CANCELLED")
     assert "job " in dskd("resume", directory)
     assert wait_for(directory, "finished").step == 80
-    assert Record(directory).starts()[-1].step == stopped
+    assert Jobs.at(directory).starts()[-1].step == stopped
     assert steps(directory) == list(range(1, 81))
     assert "finished already" in dskd("resume", directory, code=2)
 
@@ -159,9 +159,9 @@ def test_what_sbatch_refuses_is_told_in_its_words(run, profile, keys, expected):
 
 def test_a_job_that_nobody_remembers_is_told_as_gone(run, local):
     (directory,) = submit(run, "--cluster", local, "output.name=gone", "train.max_steps=1")
-    record = Record(directory)
+    jobs = Jobs.at(directory)
     dskd("cancel", "--now", directory)
-    record.write_job(replace(record.read_job(), id="99999"))
+    jobs.write(replace(jobs.read(), id="99999"))
     assert "job 99999 gone (job 99999 is neither in the queue nor in the accounting)" in dskd("status", directory)
 
 
@@ -185,7 +185,7 @@ def test_with_accounting_the_end_of_a_job_stays_known(run, local, tmp_path_facto
         conf.write_text(conf.read_text().replace("MinJobAge=300", "MinJobAge=2"))
         subprocess.run(["scontrol", "reconfigure"], check=True)
         (directory,) = submit(run, "--cluster", local, f"output.root={folder}/scratch/outputs")
-        job = Record(directory).read_job().id
+        job = Jobs.at(directory).read().id
         known = ["scontrol", "show", "job", job]
         wait_until(lambda: subprocess.run(known, capture_output=True).returncode != 0, 120)
         wait_until(lambda: statuses([directory])[0].state == "failed", 60)

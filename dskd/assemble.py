@@ -1,0 +1,162 @@
+"""What stands before the first step: data, models and method, checked, around one DeepSpeed engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dskd.checkpoint import randomness
+from dskd.checkpoint.shards import check_pieces
+from dskd.config.errors import UserError
+from dskd.config.methods import DualSpaceConfig, MethodConfig, SftConfig, TeacherNeed
+from dskd.config.run import RunConfig, accumulation_steps
+from dskd.data.alignment import aligner
+from dskd.data.batch import Batch
+from dskd.data.loader import Collator, Plan
+from dskd.data.records import Record, read_records
+from dskd.data.tokenization import Limits, check_tokenizer
+from dskd.data.vocabulary_map import exact_ids, load_or_build
+from dskd.engine.distributed import Ranks
+from dskd.engine.metrics import progress_bar
+from dskd.engine.zero import (
+    build_engine,
+    deepspeed_config,
+    gathered,
+    partitioned_loading,
+)
+from dskd.losses import METHODS
+from dskd.losses.method import Method
+from dskd.losses.sft import Sft
+from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
+from dskd.models.load import load_projectors, load_student, load_tokenizer
+from dskd.models.views import ModelBody, ModelEnds, ModelView, check_view, check_vocabulary, response_tokens
+from dskd.rundir.read import Schedule
+from dskd.teachers.resident import load_resident
+from dskd.teachers.teacher import Teacher
+
+
+class Distiller(nn.Module):
+    """What DeepSpeed trains: the student, and the method with its projectors. The teacher is not in it."""
+
+    def __init__(self, student: nn.Module, body: ModelBody, method: Method[Any], context: MethodContext) -> None:
+        super().__init__()
+        self.student, self.method = student, method
+        self.cross_entropy = Sft(SftConfig(), context)
+        self.body = body
+
+    def forward(self, batch: Batch, teacher: Tokens | None, scale_parts: ScaleParts) -> LossOutput:
+        """The method's loss while training, plain cross-entropy in evaluation."""
+        student = response_tokens(self.body.states(batch.student), batch.student)
+        loss: LossOutput = (self.method if self.training else self.cross_entropy)(student, teacher, scale_parts)
+        return loss
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that a run trains with."""
+
+    run: RunConfig
+    ranks: Ranks
+    engine: Any
+    """DeepSpeed's, around a Distiller."""
+    ends: ModelEnds
+    """The student's."""
+    teacher: Teacher | None
+    plan: Plan
+    schedule: Schedule
+    train: Collator
+    dev: Collator
+
+    @property
+    def distiller(self) -> Distiller:
+        module: Distiller = self.engine.module
+        return module
+
+
+def assemble(run: RunConfig, ranks: Ranks) -> Training:
+    """Read the data, load the models, build the engine, and check that all of it fits together."""
+    accumulation = accumulation_steps(run, ranks.world_size)
+    limits = Limits(run.data.max_length, run.data.max_prompt_length, run.data.bos)
+    train_records, dev_records = read_records(run.data.train), read_records(run.data.dev)
+    plan = plan_of(run, train_records)
+    tokenizer = load_tokenizer(run.student.path, "student.path", run.student.trust_remote_code)
+    check_tokenizer(tokenizer, limits, "student.path")
+    torch.manual_seed(run.train.seed)
+
+    teacher, other_tokenizer, student_ids = None, None, None
+    if run.teacher is not None and run.method.teacher != "none":
+        teacher_tokenizer = load_tokenizer(run.teacher.path, "teacher.path", run.teacher.trust_remote_code)
+        check_tokenizer(teacher_tokenizer, limits, "teacher.path")
+        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+            other_tokenizer = teacher_tokenizer
+            refuse_other_vocabulary(run.method)
+            student_ids = aligned_vocabulary(run, teacher_tokenizer, tokenizer, ranks)
+        teacher = load_resident(run.teacher, teacher_tokenizer, run.engine.precision, ranks.device)
+
+    config = deepspeed_config(run, ranks.world_size, accumulation)
+    with partitioned_loading(config):
+        student = load_student(run.student, run.engine.precision, run.engine.gradient_checkpointing)
+    view = ModelView(student, "student.path")
+    check_vocabulary(view, tokenizer)
+    dual_space = run.method if isinstance(run.method, DualSpaceConfig) else None
+    if dual_space is not None and dual_space.projectors_only:
+        student.requires_grad_(False)
+    teacher_ends = None if teacher is None else teacher.ends
+    context = MethodContext(view.ends, teacher_ends, run.engine.loss_memory_mb, student_ids)
+    with gathered(view.ends.output):
+        method = METHODS[run.method.kind](run.method, context)
+    if dual_space is not None and dual_space.projectors_from is not None:
+        load_projectors(method, dual_space.projectors_from)
+    engine = build_engine(Distiller(student, view.body, method, context), method, run, config)
+    check_pieces(engine, ranks)
+    check_view(view)
+    engine.train()  # transformers loads models for evaluation, without dropout
+    randomness.seed(run.train.seed + ranks.rank)  # dropout differs between the ranks
+    align = aligner(run.method.alignment, other_tokenizer, tokenizer) if other_tokenizer is not None else None
+    train_data = Collator(train_records, tokenizer, other_tokenizer, limits, align)
+    dev_data = Collator(dev_records, tokenizer, None, limits)
+    schedule = schedule_of(run, plan)
+    return Training(run, ranks, engine, view.ends, teacher, plan, schedule, train_data, dev_data)
+
+
+def schedule_of(run: RunConfig, plan: Plan) -> Schedule:
+    steps = plan.steps_per_epoch * run.train.epochs
+    return Schedule(min(steps, run.train.max_steps or steps), plan.steps_per_epoch)
+
+
+def plan_of(run: RunConfig, records: Sequence[Record]) -> Plan:
+    size = run.train.global_batch_size
+    if len(records) < size:
+        raise UserError(f"train.global_batch_size: {size} is more than the {len(records)} records of {run.data.train}")
+    sizes = tuple(len(record.prompt) + len(record.outputs[0]) for record in records)
+    return Plan(sizes, run.train.seed, size, run.train.micro_batch_size)
+
+
+def refuse_other_vocabulary(method: MethodConfig) -> None:
+    if method.teacher == "same_vocabulary":
+        raise UserError(
+            f"method.kind: {method.kind} needs one vocabulary, and student and teacher have different tokenizers; "
+            f"methods for two: {', '.join(kinds_for('any'))}"
+        )
+
+
+def kinds_for(teacher: TeacherNeed) -> list[str]:
+    return sorted(kind for kind, other in MethodConfig.kinds.items() if other.teacher == teacher)
+
+
+def aligned_vocabulary(run: RunConfig, teacher: Any, student: Any, ranks: Ranks) -> Tensor | None:
+    """The student's token of each teacher token, [V] or -1, where the method needs it; made by the main rank."""
+    if run.method.alignment == "none":
+        return None
+    if run.method.alignment == "exact":
+        return torch.from_numpy(exact_ids(teacher, student))
+    folder = run.data.cache_dir or run.output.root / "cache"
+    for turn in (True, False):  # the main rank makes it, the others read it
+        if ranks.is_main is turn:
+            with progress_bar("vocabulary map") as progress:
+                found = load_or_build(folder, teacher, student, progress)
+        ranks.barrier()
+    return torch.from_numpy(found.student_ids.astype(np.int64))

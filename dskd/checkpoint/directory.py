@@ -1,0 +1,113 @@
+"""The core's side of a run directory: made once, gone on with only by the same run, cleaned of what a kill left."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dskd import __version__
+from dskd.config.changes import changed, harmful
+from dskd.config.errors import UserError
+from dskd.config.load import load_run, to_plain, to_yaml
+from dskd.config.run import RunConfig
+from dskd.engine.metrics import LOG
+from dskd.rundir.files import as_user_error, write_json, write_text
+from dskd.rundir.layout import RunDirectory, beside
+from dskd.rundir.read import Schedule
+from dskd.rundir.train_state import SavedModel
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors")
+
+
+def write_settings(run: RunConfig, schedule: Schedule) -> None:
+    """Write what runs into the run directory: run.yaml (resolved) and args.json (with versions)."""
+    directory = RunDirectory.of(run)
+    with as_user_error(directory.path):
+        directory.path.mkdir(parents=True, exist_ok=True)
+        write_text(directory.settings, to_yaml(run))
+        write_json(directory.args, provenance(run) | {"schedule": asdict(schedule)})
+
+
+def provenance(run: RunConfig) -> dict[str, Any]:
+    return {
+        "run": to_plain(run),
+        "command": sys.argv,
+        "dskd": __version__,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def git_revision() -> str | None:
+    """Revision of the source that runs: that of its git checkout, or the one that an image was built from."""
+    here = Path(__file__).parent
+    with suppress(OSError):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+        if found.stdout.strip():
+            return found.stdout.strip()
+    return os.environ.get("DSKD_REVISION")
+
+
+def changes(run: RunConfig, force: bool) -> dict[str, str] | None:
+    """Settings that differ from those of the run that the directory holds; None where it holds none yet.
+
+    Raises:
+        UserError: where it holds something else, or this would be another run and `force` is off.
+    """
+    directory = RunDirectory.of(run)
+    if not directory.has_begun():
+        return None
+    if not directory.settings.is_file():
+        raise UserError(f"output.name: {directory.path} holds something that is no run; choose another output.name")
+    found = changed(load_run(directory.settings), run)
+    refused = harmful(found)
+    if refused and not force:
+        told = "; ".join(f"{key}: {change}" for key, change in refused.items())
+        raise UserError(
+            f"output.name: {directory.path} already holds a run with other settings ({told}); choose another "
+            "output.name, or --force to go on with these"
+        )
+    return found
+
+
+def clean(directory: RunDirectory) -> None:
+    """Remove what a killed process left half done. Only the process that holds the lock may."""
+    for left in directory.unfinished():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def keep_models(directory: RunDirectory, kept: tuple[SavedModel, ...]) -> None:
+    """Delete the saved models that are not among `kept`, best first; `best` links to the first one."""
+    if kept:
+        link = beside(directory.best, "link")
+        link.unlink(missing_ok=True)
+        link.symlink_to(kept[0].folder)
+        if directory.best.is_dir() and not directory.best.is_symlink():
+            shutil.rmtree(directory.best)  # the run was copied with its links followed: a second copy of a model
+        link.replace(directory.best)
+    names = {saved.folder for saved in kept}
+    for folder, _ in directory.models():
+        if folder.name not in names:
+            shutil.rmtree(folder)
+
+
+def cut_metrics(directory: RunDirectory, length: int) -> None:
+    """Cut metrics.jsonl to what it held when the state was saved; what is after that will come again."""
+    file = directory.metrics
+    if not file.is_file():
+        return
+    with as_user_error(file), file.open("r+b") as metrics:
+        content = metrics.read()
+        whole = content[:length].rfind(b"\n") + 1
+        if whole < length:
+            LOG.warning(f"{file} ends before the state's step: {length - whole} bytes of it are lost")
+        if whole < len(content):
+            metrics.truncate(whole)
+            os.fsync(metrics.fileno())

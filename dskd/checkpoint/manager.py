@@ -1,0 +1,152 @@
+"""How a run begins or goes on, and when its state is saved: what stands between the loop and `state`."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dskd.checkpoint import directory, state
+from dskd.checkpoint.models import save_model
+from dskd.checkpoint.staging import Staging
+from dskd.config.changes import harmful
+from dskd.config.errors import UserError
+from dskd.config.run import RunConfig
+from dskd.engine.distributed import Ranks
+from dskd.engine.metrics import Monitor
+from dskd.engine.preemption import Decision, Stopped
+from dskd.rundir import lock
+from dskd.rundir.layout import RunDirectory, StateName
+from dskd.rundir.read import Schedule
+from dskd.rundir.train_state import TrainState
+
+
+@dataclass(frozen=True)
+class Past:
+    """What earlier starts of the run have left."""
+
+    changes: dict[str, str] | None
+    """Settings that changed since; None for a new run."""
+    folder: Path | None
+    """The state to go on from; None begins at step 0."""
+    state: TrainState
+    notes: tuple[str, ...]
+    """What the log should tell."""
+
+    @property
+    def finished(self) -> bool:
+        return self.state.finished and not harmful(self.changes or {})
+
+
+@contextmanager
+def opened(run: RunConfig, ranks: Ranks, force: bool) -> Iterator[Past]:
+    """Hold the run directory, and find what is in it. A collective call.
+
+    Raises `UserError` on all ranks where another process holds it, or it belongs to another run.
+    """
+    own = RunDirectory.of(run)
+    with ExitStack() as stack:
+        ranks.together(lambda: stack.enter_context(lock.held(own, print)) if ranks.is_main else None)
+        changes = ranks.together(lambda: directory.changes(run, force) if ranks.is_main else None)[0]
+        if changes is None:
+            yield Past(None, None, TrainState(), ())
+            return
+        folder, found, notes = state.find(own, ranks)
+        told = [f"changed: {key}: {change}" for key, change in changes.items()]
+        yield Past(changes, folder, found, (*told, *notes))
+
+
+class CheckpointManager:
+    """Saves a run's state when it is due, and brings it back."""
+
+    def __init__(self, run: RunConfig, ranks: Ranks, engine: Any, schedule: Schedule) -> None:
+        self.run, self.ranks, self.engine, self.schedule = run, ranks, engine, schedule
+        self.directory = RunDirectory.of(run)
+        self.staging = Staging(run.checkpoint.scratch_dir, self.directory.path, ranks.rank)
+        self.kept: StateName | None = None
+        """The newest state that was written."""
+        self.unpublished: Callable[[], None] | None = None
+        """Publishes the state that was written last, once all of it is in the run directory."""
+        self.due = False
+        self.notes: list[str] = []
+        """What the log should tell of the state that was loaded."""
+        self.set_clock()
+
+    def restore(self, past: Past) -> TrainState:
+        """Load the state that was found, and make the run directory what it was then, or a new one. Collective."""
+        total = self.schedule.total_steps
+        if past.state.step > total:
+            raise UserError(f"train: the run has made {past.state.step} steps, more than {total}")
+        if past.folder is not None:
+            self.notes = state.load(past.folder, self.engine, self.run.train.seed, self.ranks)
+            self.kept = past.state.name
+        self.ranks.together(lambda: self.prepare_directory(past) if self.ranks.is_main else None)
+        return past.state
+
+    def prepare_directory(self, past: Past) -> None:
+        if past.changes is None or past.changes:
+            directory.write_settings(self.run, self.schedule)
+        directory.clean(self.directory)
+        directory.cut_metrics(self.directory, past.state.metrics_bytes)
+
+    def keep_model(self, folder: Path, student: Any, projectors: Any, tokenizer: Any) -> None:
+        """Save a model. A collective call."""
+        save_model(self.staging.local(folder), student, projectors, tokenizer, self.ranks)
+        if self.ranks.is_main:
+            self.staging.folder(folder)
+
+    def keep(self, now: TrainState, monitor: Monitor) -> TrainState:
+        """Save the state where that is due. A collective call.
+
+        Where the last one is still on its way from the scratch folder, the next has to wait until it is there.
+
+        Raises:
+            Stopped: where the ranks have agreed to stop; the state is saved then.
+            UserError: on all ranks, where one cannot write; the state before this one stays.
+        """
+        decision = self.ranks.agree(save=time.monotonic() >= self.save_at, busy=self.staging.busy)
+        finished = now.step == self.schedule.total_steps and not now.pending
+        self.due = self.due or self.is_due(now.step, decision)
+        at_once = decision.stop or finished
+        if at_once or not decision.busy:
+            self.arrive()
+        if at_once or (self.due and not decision.busy):
+            if now.name != self.kept:
+                now = replace(now, metrics_bytes=monitor.position(), finished=finished)
+                self.save(now)
+            self.due = False
+            self.set_clock()
+        if at_once:
+            self.arrive()
+        if decision.stop and not finished:
+            raise Stopped
+        return now
+
+    def save(self, now: TrainState) -> None:
+        written = state.write(self.directory.state(now.name), self.staging, self.engine, self.ranks)
+        self.kept = now.name
+
+        def publish() -> None:
+            state.complete(self.directory, now, written, self.run.checkpoint.keep_last)
+            directory.keep_models(self.directory, now.best)
+
+        self.unpublished = publish
+        if not self.staging.scratch:
+            self.arrive()
+
+    def arrive(self) -> None:
+        """Wait for what is on its way on any rank, and publish the state that it belongs to. A collective call."""
+        if self.unpublished is not None:
+            self.ranks.together(lambda: self.staging.wait(self.ranks.flags.moved))
+            publish, self.unpublished = self.unpublished, None
+            self.ranks.together(lambda: publish() if self.ranks.is_main else None)
+
+    def is_due(self, step: int, decision: Decision) -> bool:
+        every, epoch_done = self.run.checkpoint.every_steps, step % self.schedule.steps_per_epoch == 0
+        return epoch_done or step == self.schedule.total_steps or decision.save or bool(every and step % every == 0)
+
+    def set_clock(self) -> None:
+        minutes = self.run.checkpoint.every_minutes
+        self.save_at = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+        """Time of `time.monotonic()` from which on a state is due, on this rank's clock."""

@@ -1,0 +1,95 @@
+"""A run as data: settings, steps, scores and states, from its directory alone, while it runs or after."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dskd.config.errors import UserError
+from dskd.config.load import load_run
+from dskd.config.run import RunConfig
+from dskd.rundir.files import read_json, read_json_lines
+from dskd.rundir.layout import RESULTS, RunDirectory, StateName
+from dskd.rundir.train_state import TrainState, read_state
+
+TAIL_BYTES = 1 << 16
+
+
+def read_run(path: Path) -> RunConfig:
+    """The settings of the run that a directory holds, wherever the directory lies by now. Raises `UserError`."""
+    path = path.absolute()
+    require_run(path)
+    run = load_run(RunDirectory(path).settings)
+    if run.directory == path:
+        return run
+    if len(path.parents) < 3 or path.parts[-3:-1] != run.directory.parts[-3:-1]:
+        expected = Path(*run.directory.parts[-3:])
+        raise UserError(f"{path}: a run directory that was moved must still end in {expected}")
+    return replace(run, output=replace(run.output, root=path.parents[2], name=path.name))
+
+
+def require_run(path: Path) -> None:
+    """Raise `UserError` where a directory holds no run."""
+    if not RunDirectory(path).settings.is_file():
+        raise UserError(f"{path}: no run.yaml: a run directory is expected, as `dskd train` writes it")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is, as args.json says it since its last start."""
+
+    total_steps: int
+    steps_per_epoch: int
+
+
+def read_schedule(directory: RunDirectory) -> Schedule | None:
+    """None for a run that has not begun, or that a version of dskd began which did not write it down."""
+    found = (read_json(directory.args) or {}).get("schedule")
+    return None if found is None else Schedule(int(found["total_steps"]), int(found["steps_per_epoch"]))
+
+
+def read_steps(directory: RunDirectory, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The training steps of metrics.jsonl; with `last_bytes` those of its end alone."""
+    return [line for line in read_json_lines(directory.metrics, last_bytes) if "tokens_per_second" in line]
+
+
+def read_evaluations(directory: RunDirectory) -> list[dict[str, Any]]:
+    """The evaluations during training: step, dev_loss, dev_accuracy, and dev_rougel where answers were generated."""
+    return [line for line in read_json_lines(directory.metrics) if "dev_loss" in line]
+
+
+def read_rougel(evaluation: Path) -> float | None:
+    """Mean ROUGE-L over the seeds of a finished evaluation. Raises `UserError` where its results are damaged."""
+    results = read_json(evaluation / RESULTS)
+    if results is None:
+        return None
+    try:
+        return float(results["rougel"]["mean"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{evaluation / RESULTS}: is damaged: no ROUGE-L in it") from None
+
+
+def newest_state(directory: RunDirectory) -> StateName | None:
+    """Name of the last complete state, None without one. Raises `UserError` where LATEST is no name of a state."""
+    try:
+        text = directory.latest.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    name = StateName.parse(text)
+    if name is None:
+        raise UserError(f"{directory.latest}: is damaged: {text[:40]!r} names no state")
+    return name
+
+
+def read_train_state(directory: RunDirectory) -> TrainState | None:
+    """Where the run stands by its last complete state. Raises `UserError` where that is damaged."""
+    name = newest_state(directory)
+    found = None if name is None else read_state(directory.state(name))
+    return None if found is None else found.state
+
+
+def is_complete(directory: RunDirectory) -> bool:
+    """Whether a run has made its last step, or an evaluation has its results."""
+    if read_rougel(directory.path) is not None:
+        return True
+    state = read_train_state(directory)
+    return state is not None and state.finished

@@ -1,0 +1,76 @@
+"""Saved models of several runs in one place."""
+
+import json
+
+import pytest
+
+from dskd.config.errors import UserError
+from dskd.rundir.collect import collect
+from dskd.rundir.files import published, read_manifest
+
+
+def make(root, name, model, text):
+    """A run directory with one saved model."""
+    directory = root / "student" / "sft" / name
+    with published(directory / model) as folder:
+        (folder / "model.safetensors").write_text(text)
+        (folder / "config.json").write_text("{}")
+    (directory / "run.yaml").write_text("")
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path):
+    first = make(tmp_path / "out", "a", "epoch1_step5_loss2.5000", "one")
+    second = make(tmp_path / "out", "b", "epoch2_step10_loss2.2500_rougel24.5000", "three")
+    (second / "epoch3_step15_loss2.0000").mkdir()  # without a manifest: not complete
+    return [first, second]
+
+
+def test_models_are_copied_and_listed(runs, tmp_path):
+    to = tmp_path / "all"
+    collect(runs, to)
+    first, second = json.loads((to / "index.json").read_text())
+    assert (to / first["folder"] / "model.safetensors").read_text() == "one"
+    assert (first["step"], first["dev_loss"], first["rougel"], first["size"]) == (5, 2.5, None, 5)
+    assert (second["step"], second["dev_loss"], second["rougel"], second["size"]) == (10, 2.25, 24.5, 7)
+    assert second["run"] == str(runs[1])
+    assert read_manifest(to / second["folder"]) == read_manifest(runs[1] / "epoch2_step10_loss2.2500_rougel24.5000")
+
+
+def test_what_is_there_is_not_copied_again(runs, tmp_path):
+    to = tmp_path / "all"
+    before = collect(runs[:1], to)
+    inode = (to / before[0].folder / "model.safetensors").stat().st_ino
+    assert collect(runs, to)[0] == before[0]
+    assert (to / before[0].folder / "model.safetensors").stat().st_ino == inode
+
+
+def test_a_broken_copy_goes_on_with_the_file_where_it_broke(runs, tmp_path):
+    to = tmp_path / "all"
+    partial = to / "student" / "sft" / "a" / ".epoch1_step5_loss2.5000.partial"
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text("{}")
+    (partial / "model.safetensors").write_text("on")
+    inode = (partial / "config.json").stat().st_ino
+    (model,) = collect(runs[:1], to)
+    assert (to / model.folder / "model.safetensors").read_text() == "one"
+    assert (to / model.folder / "config.json").stat().st_ino == inode
+
+
+def test_a_damaged_model_is_refused(runs, tmp_path):
+    (runs[0] / "epoch1_step5_loss2.5000" / "model.safetensors").write_text("two")
+    with pytest.raises(UserError, match=r"model\.safetensors has another sha256"):
+        collect(runs, tmp_path / "all")
+    assert not (tmp_path / "all" / "index.json").exists()
+
+
+def test_two_runs_of_one_name_are_told_apart(runs, tmp_path):
+    other = make(tmp_path / "elsewhere", "a", "epoch1_step5_loss2.5000", "four")
+    with pytest.raises(UserError, match="another run of the same name"):
+        collect([runs[0], other], tmp_path / "all")
+
+
+def test_what_holds_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no run\.yaml"):
+        collect([tmp_path], tmp_path / "all")
