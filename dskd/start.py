@@ -3,18 +3,21 @@
 import logging
 import os
 import sys
-import traceback
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dskd.config.run import RunConfig, accumulation_steps, check_paths
 from dskd.config.stopping import UNFINISHED
+
+if TYPE_CHECKING:
+    from dskd.engine.preemption import Flags
 
 
 def start_training(run: RunConfig, force: bool) -> None:
     """Train on as many ranks as the run wants, or as the one rank that this process is."""
     from dskd.engine import watchdog
-    from dskd.engine.preemption import Stopped, watch_signals
+    from dskd.engine.preemption import Phase, watch_signals
 
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin cost a factor of ten beside other work
     check_paths(run)
     if "RANK" not in os.environ:
         processes = run.launch.processes or gpus()
@@ -22,19 +25,34 @@ def start_training(run: RunConfig, force: bool) -> None:
         start_ranks(processes)
     flags = watch_signals()
     watchdog.show_stacks_on_request()
-    from dskd.engine import distributed
-    from dskd.train import train as train_here
+    limits: dict[Phase, float] = {
+        "start": run.train.start_minutes,
+        "step": run.train.stall_minutes,
+        "save": run.train.save_minutes,
+    }
+    with watchdog.watchdog(flags, limits):
+        train_as_rank(run, flags, force)
+
+
+def train_as_rank(run: RunConfig, flags: "Flags", force: bool) -> None:
+    """Train in this process; a stop that was asked for, and what another start mends, end it with `UNFINISHED`."""
+    from dskd.engine import watchdog
+    from dskd.engine.preemption import Stopped
 
     try:
-        train_here(run, distributed.start(flags), force)
+        from dskd.engine import distributed
+        from dskd.train import train
+
+        train(run, distributed.start(flags), force)
     except Stopped:
-        distributed.stop()
+        if os.environ["RANK"] == "0":
+            print(f"dskd: stopped as asked; go on with: dskd resume {run.directory}", file=sys.stderr)
         raise SystemExit(UNFINISHED) from None
     except RuntimeError as error:
-        if watchdog.is_lost_peer(error):
-            traceback.print_exc()
-            watchdog.end_here("another rank is gone")
-        raise
+        reason = watchdog.why_lost(error)
+        if reason is None:
+            raise
+        watchdog.end_here(reason)
     distributed.stop()
 
 

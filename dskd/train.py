@@ -19,7 +19,6 @@ from dskd.data.loader import Steps, evaluation_batches, load_steps
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import LOG, Monitor
 from dskd.engine.preemption import Stopped, ignore_signals
-from dskd.engine.watchdog import watchdog
 from dskd.engine.zero import gathered, set_learning_rates, step_at_boundary
 from dskd.evaluate import answer_all, mean_scores
 from dskd.losses.tensors import LossOutput, ScaleParts, Sum, Tokens
@@ -44,12 +43,13 @@ def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
         past = stack.enter_context(opened(run, ranks, force))
         if past.finished:
             if ranks.is_main:
+                print(*past.notes, sep="\n", end="\n" if past.notes else "")
                 print(f"{directory.path}: finished already; best model {past.state.best[0].folder}")
             return directory.path
         training = assemble(run, ranks)
-        stack.enter_context(watchdog(ranks.flags, run.train.stall_minutes))
         manager = CheckpointManager(run, ranks, training.engine, training.schedule)
         state = manager.restore(past)
+        ranks.flags.phase = "step"
         ranks.stop_if_asked()
         total, steps = training.schedule.total_steps, Steps(training.plan, training.train, ranks.rank, ranks.world_size)
         pin_memory = ranks.device.type == "cuda"

@@ -15,6 +15,8 @@ HARMLESS = (
     "data.workers",
     "train.micro_batch_size",
     "train.stall_minutes",
+    "train.start_minutes",
+    "train.save_minutes",
     # The engine's settings but for the precision: what is computed where, not what.
     "engine.zero_stage",
     "engine.offload",

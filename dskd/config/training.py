@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dskd.config.errors import require
+from dskd.config.errors import LAST_SEED, MOST, require, require_at_most
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,20 @@ class TrainConfig:
     """Seed of the data order, dropout and the projectors."""
     stall_minutes: float = 20.0
     """End the run, to be started again, when nothing has moved on a rank for so long."""
+    start_minutes: float = 60.0
+    """The same before the first step, while models are read and ranks find each other."""
+    save_minutes: float = 60.0
+    """The same while a state or a model is saved."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "global_batch_size", "micro_batch_size", "lr", "projector_lr", "stall_minutes"):
+        for key in ("epochs", "global_batch_size", "micro_batch_size", "lr", "projector_lr"):
+            require(getattr(self, key) > 0, key, f"must be above 0, got {getattr(self, key)}")
+        for key in ("stall_minutes", "start_minutes", "save_minutes"):
             require(getattr(self, key) > 0, key, f"must be above 0, got {getattr(self, key)}")
         require(self.max_steps is None or self.max_steps > 0, "max_steps", f"must be above 0, got {self.max_steps}")
+        require_at_most(self, MOST, "epochs", "max_steps", "global_batch_size", "micro_batch_size")
+        require_at_most(self, 1.0, "lr", "projector_lr")
+        require(0 <= self.seed <= LAST_SEED, "seed", f"must be from 0 to {LAST_SEED}, got {self.seed}")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", f"must be in [0, 1), got {self.warmup_ratio}")
         for key in ("weight_decay", "clip"):
             require(getattr(self, key) >= 0, key, f"must not be negative, got {getattr(self, key)}")
@@ -62,6 +71,7 @@ class GenerationConfig:
         require(self.temperature > 0, "temperature", f"must be above 0, got {self.temperature}")
         require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], got {self.top_p}")
         require(self.batch_size > 0, "batch_size", f"must be above 0, got {self.batch_size}")
+        require_at_most(self, MOST, "max_length", "batch_size")
         require(
             0 < self.max_prompt_length < self.max_length,
             "max_prompt_length",
@@ -80,6 +90,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(self.every_epochs > 0, "every_epochs", f"must be above 0, got {self.every_epochs}")
+        require_at_most(self, MOST, "every_epochs")
 
 
 @dataclass(frozen=True)
@@ -103,3 +114,4 @@ class CheckpointConfig:
         for key in ("keep_best", "every_steps", "every_minutes", "keep_last"):
             value = getattr(self, key)
             require(value is None or value > 0, key, f"must be above 0, got {value}")
+        require_at_most(self, MOST, "keep_best", "every_steps", "every_minutes", "keep_last")

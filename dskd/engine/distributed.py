@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dskd.config.errors import UserError
+from dskd.engine import rendezvous
 from dskd.engine.preemption import Decision, Flags, Stopped
+
+COLLECTIVE = timedelta(hours=2)
+"""Longer than any save or evaluation that the others wait for; the watchdog knows better what hangs."""
 
 if not torch.cuda.is_available():
     # DeepSpeed reads this when it is first imported, and warns where it has to guess.
@@ -96,7 +101,7 @@ def visible_gpus() -> int:
 
 
 def start(flags: Flags | None = None) -> Ranks:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT name.
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and DSKD_SECRET name.
 
     NCCL with GPUs, gloo without.
     """
@@ -113,7 +118,12 @@ def start(flags: Flags | None = None) -> Ranks:
     if device.type == "cpu":
         # DeepSpeed's own shared-memory collectives take a minute to compile and are optional: gloo does the work.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    rendezvous.stay_on_loopback()
+    store = rendezvous.make_store(rank, world_size)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE)
+    rendezvous.prove(rank, world_size, store, device)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return Ranks(rank, world_size, device, flags or Flags())
 
 

@@ -1,10 +1,16 @@
-"""Stopping on request: signals set a flag, and the ranks agree on it at the boundary of a step."""
+"""Stopping on request: signals set a flag, and the ranks agree on it at the boundary of a step. Torch-free."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Literal
 
 from dskd.config.stopping import STOP_SIGNALS
+
+Phase = Literal["start", "step", "save"]
+"""What a rank is at: until its first step, a step or an evaluation, or saving."""
 
 
 class Stopped(Exception):
@@ -19,9 +25,19 @@ class Flags:
     """This process got a signal."""
     moves: int = 0
     """Counts up while this rank gets on; see `dskd.engine.watchdog`."""
+    phase: Phase = "start"
 
     def moved(self) -> None:
         self.moves += 1
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+            self.moved()
 
 
 @dataclass(frozen=True)
@@ -37,11 +53,16 @@ class Decision:
 
 
 def watch_signals() -> Flags:
-    """From now on a signal that asks to stop sets a flag instead of ending the process, however often it comes."""
+    """From now on a signal that asks to stop sets a flag instead of ending the process, however often it comes.
+
+    Before the first step there is nothing to save: then the first one raises `Stopped` where the process is.
+    """
     flags = Flags()
 
     def request(number: int, frame: FrameType | None) -> None:
-        flags.stop_requested = True
+        first, flags.stop_requested = not flags.stop_requested, True
+        if first and flags.phase == "start":
+            raise Stopped
 
     for number in STOP_SIGNALS:
         signal.signal(number, request)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from dskd.config.errors import UserError
 from dskd.launch import slurm
+from dskd.launch.ranks import free_port, new_secret
 from dskd.launch.task import ASKED
-from dskd.rundir.jobs import Ending, Job, Jobs, Start
+from dskd.rundir.jobs import Ending, Job, Jobs, Meeting, Start
 from dskd.rundir.layout import runs_file
 
 PREEMPTED = "preempted"
@@ -44,6 +45,7 @@ def begin(jobs: Jobs) -> int:
     start = jobs.add_start(slurm_id(), os.environ["SLURM_JOB_NODELIST"])
     if restarts > job.max_requeues:
         return fail(jobs, start, f"started again {job.max_requeues} times (max_requeues of the cluster profile)")
+    jobs.write_meeting(Meeting(free_port(), new_secret()))  # this script runs on the node of rank 0
     print(start.number)
     return 0
 

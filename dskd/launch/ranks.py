@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,17 +24,23 @@ STOP_SECONDS = 20.0
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nothing uses at this moment."""
+    """A TCP port that nothing on this machine uses at this moment, on any interface."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))  # bound, and never listening
         port: int = probe.getsockname()[1]
     return port
 
 
-def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torch.distributed reads, for one of `processes` ranks on this machine."""
+def rank_environment(rank: int, processes: int, port: int, secret: str = "") -> dict[str, str]:
+    """What `dskd.engine.distributed` reads, for one of `processes` ranks on this machine."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-    return {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    texts = {"MASTER_ADDR": "127.0.0.1", "DSKD_SECRET": secret}
+    return {name: str(value) for name, value in numbers.items()} | texts
+
+
+def new_secret() -> str:
+    """What the ranks of one start know, and no other process."""
+    return secrets.token_hex(32)
 
 
 class Supervisor:
@@ -92,13 +99,13 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
     one rank fails the others are ended, which would else wait for ever. Where a signal ended a rank, or some hang while
     others stop, the code is `UNFINISHED`, and those that still ran show their stacks first.
     """
-    command, port = [sys.executable, "-m", "dskd", *arguments], free_port()
+    command, port, secret = [sys.executable, "-m", "dskd", *arguments], free_port(), new_secret()
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     with ExitStack() as stack:
         outputs = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, processes))]
         supervisor = stack.enter_context(Supervisor())
         for rank, output in enumerate(outputs):
-            environment = {"OMP_NUM_THREADS": threads} | os.environ | rank_environment(rank, processes, port)
+            environment = {"OMP_NUM_THREADS": threads} | os.environ | rank_environment(rank, processes, port, secret)
             supervisor.start(command, environment, output)
         ranks = supervisor.ranks
         early = wait_for_all(ranks)

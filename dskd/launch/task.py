@@ -10,14 +10,12 @@ from submitit import JobEnvironment
 
 from dskd.config.stopping import STOP_SIGNALS, UNFINISHED
 from dskd.launch.ranks import Supervisor
-from dskd.rundir.jobs import Ending, Jobs
+from dskd.rundir.jobs import Ending, Jobs, Meeting
 
 MISTAKE = 2
 ASKED = "asked to stop"
 PATIENCE = 20.0
 """Seconds that the other ranks get to end by themselves, after one has failed."""
-PORTS = range(20000, 32000)
-"""Below the ports that systems give to outgoing connections."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def run_task(directory: Path, command: tuple[str, ...]) -> int:
     with log.open("ab") as out, Supervisor() as supervisor:
         if jobs.is_cancelled():
             return 0
-        supervisor.start(command, os.environ | rank_variables(environment), out)
+        supervisor.start(command, os.environ | rank_variables(environment, jobs.meeting()), out)
         code = supervisor.ranks[0].wait()
     if code == 0:
         return 0
@@ -81,20 +79,17 @@ def why_failed(code: int, log: Path) -> str:
     return f"exit code {code}" + (f", {said[:300]}" if said else "")
 
 
-def rank_variables(environment: JobEnvironment) -> dict[str, str]:
-    """What torch.distributed reads, from Slurm's environment. The port is the job's own."""
+def rank_variables(environment: JobEnvironment, meeting: Meeting) -> dict[str, str]:
+    """What `dskd.engine.distributed` reads: places from Slurm's environment, and where this start's ranks meet."""
     local = environment.num_tasks // environment.num_nodes
     return {
         "RANK": str(environment.global_rank),
         "LOCAL_RANK": str(environment.local_rank),
         "WORLD_SIZE": str(environment.num_tasks),
         "LOCAL_WORLD_SIZE": str(local),
-        "MASTER_ADDR": environment.hostnames[0],
-        "MASTER_PORT": str(port_of(int(environment.raw_job_id))),
+        # One node's ranks need no other interface than loopback.
+        "MASTER_ADDR": environment.hostnames[0] if environment.num_nodes > 1 else "127.0.0.1",
+        "MASTER_PORT": str(meeting.port),
+        "DSKD_SECRET": meeting.secret,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK", "1"),
     }
-
-
-def port_of(job: int) -> int:
-    """Jobs whose ids lie close together, which run at the same time, never share a port."""
-    return PORTS[job % len(PORTS)]

@@ -67,6 +67,15 @@ class Ending:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """How the ranks of one start find each other, and know each other."""
+
+    port: int
+    """Of the first node."""
+    secret: str
+
+
+@dataclass(frozen=True)
 class Jobs:
     """The jobs of one run directory, or of the folder of an evaluation."""
 
@@ -135,6 +144,16 @@ class Jobs:
 
     def clear_ending(self) -> None:
         self.folder.ending.unlink(missing_ok=True)
+
+    def write_meeting(self, meeting: Meeting) -> None:
+        self.write_file(self.folder.meeting, json.dumps(asdict(meeting)))
+
+    def meeting(self) -> Meeting:
+        """Raises `UserError` where the start has written none."""
+        try:
+            return cattrs.structure(read_json(self.folder.meeting), Meeting)
+        except (cattrs.BaseValidationError, TypeError, ValueError, KeyError):
+            raise UserError(f"{self.folder.meeting}: is missing or damaged: the ranks cannot find each other") from None
 
     def is_cancelled(self) -> bool:
         return self.folder.cancel.exists()

@@ -7,6 +7,7 @@ OUTPUT.ROOT/STUDENT/METHOD/NAME/
   epoch3_step900_loss2.4512_rougel24.1031/
                                      a saved model, its projectors.safetensors and MANIFEST.json (sizes, sha256)
   best                               link to the best of these
+  damaged-NAME.N                     a model, or in resume/ a state, that was found to be damaged
   resume/step900/rankR.safetensors   the state that the run goes on from, with state.json and MANIFEST.json
   resume/LATEST                      name of the newest state
   job/                               of a submitted run, see `JobFolder`
@@ -132,6 +133,11 @@ class RunDirectory:
     def state(self, name: StateName) -> Path:
         return self.states / str(name)
 
+    def state_names(self) -> list[StateName]:
+        """Of all published states, the newest first."""
+        names = [StateName.parse(path.name) for path in self.states.glob("step*")]
+        return sorted((name for name in names if name is not None), reverse=True)
+
     def model(self, name: ModelName) -> Path:
         return self.path / str(name)
 
@@ -166,6 +172,7 @@ class JobFolder:
     submitit/                   submitit's files and logs; those of an array lie in OUTPUT.ROOT/arrays
     ending cancel               marks: how the first rank ended that did not finish; the user asks to stop
     claim                       locked while someone submits the run
+    meeting.json                port and secret of the ranks of the newest start
     """
 
     path: Path
@@ -197,6 +204,10 @@ class JobFolder:
     @property
     def claim(self) -> Path:
         return self.path / "claim"
+
+    @property
+    def meeting(self) -> Path:
+        return self.path / "meeting.json"
 
     @property
     def ending(self) -> Path:
@@ -239,6 +250,12 @@ def evaluation_of(folder: Path, data: Path, seed: int | None = None) -> Path:
 def rank_file(state: Path, rank: int) -> Path:
     """What one rank holds of weights and optimizer, in a state's folder."""
     return state / f"rank{rank}.safetensors"
+
+
+def set_aside(path: Path) -> Path:
+    """The name of a damaged state or model, under which it does not count but is not lost either."""
+    number = next(n for n in range(1, 10**6) if not path.with_name(f"damaged-{path.name}.{n}").exists())
+    return path.with_name(f"damaged-{path.name}.{number}")
 
 
 def beside(path: Path, word: str) -> Path:

@@ -8,7 +8,7 @@ import pytest
 from dskd.config.errors import UserError
 from dskd.launch import slurm
 from dskd.launch.batch import SLURM_SIGNALS_EARLY, finish, why_not_again, why_stopped
-from dskd.launch.task import ASKED, PORTS, again_reason, port_of
+from dskd.launch.task import ASKED, again_reason
 from dskd.rundir.jobs import Ending, Job, Jobs
 from dskd.rundir.read import is_complete, read_rougel
 
@@ -133,11 +133,6 @@ def test_a_complete_run_or_evaluation_is_recognised(jobs):
     (evaluation.directory.path / "results.json").write_text('{"rougel": {"mean": 12.5}}')
     assert is_complete(evaluation.directory)
     assert read_rougel(evaluation.directory.path) == 12.5
-
-
-def test_jobs_with_near_ids_have_different_ports():
-    assert len({port_of(job) for job in range(5000, 5000 + len(PORTS))}) == len(PORTS)
-    assert all(port_of(job) in PORTS for job in (1, 99_999_999))
 
 
 @pytest.mark.parametrize(

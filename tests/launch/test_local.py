@@ -177,10 +177,11 @@ def test_exit_codes(codes, code):
 def test_a_free_port_can_be_bound_and_is_what_the_ranks_are_told():
     port = free_port()
     assert 1024 <= port < 65536
-    assert rank_environment(1, 4, port) == {
+    assert rank_environment(1, 4, port, "known") == {
         "RANK": "1",
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "4",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "DSKD_SECRET": "known",
     }
