@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from dskd.config.errors import UserError
 from dskd.config.recipes import recipes_folder
-from dskd.rundir.files import published
+from dskd.rundir.files import as_user_error, published
 from dskd.rundir.layout import RESULTS, RunDirectory, evaluation_of
 from dskd.rundir.read import read_evaluations
 
@@ -66,7 +66,7 @@ def note(console: Console, text: str) -> Iterator[None]:
 
 def make_once(folder: Path, write: Callable[[Path], None]) -> None:
     if not folder.is_dir():
-        with published(folder) as temporary:
+        with as_user_error(folder, "--output"), published(folder) as temporary:
             write(temporary)
 
 

@@ -17,21 +17,41 @@ from dskd.config.errors import UserError
 from dskd.config.load import load_run, to_plain, to_yaml
 from dskd.config.run import RunConfig
 from dskd.engine.metrics import LOG
-from dskd.rundir.files import as_user_error, write_json, write_text
-from dskd.rundir.layout import RunDirectory, beside
+from dskd.rundir.files import as_user_error, read_json, write_json, write_text
+from dskd.rundir.layout import RunDirectory
 from dskd.rundir.read import Schedule
-from dskd.rundir.train_state import SavedModel
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors")
 
 
-def write_settings(run: RunConfig, schedule: Schedule) -> None:
-    """Write what runs into the run directory: run.yaml (resolved) and args.json (with versions)."""
-    directory = RunDirectory.of(run)
+def write_settings(run: RunConfig, schedule: Schedule) -> list[str]:
+    """Write what runs into the run directory: run.yaml (resolved) and args.json (with versions).
+
+    Returns which versions differ from those of the start before, for the log.
+    """
+    directory, now = RunDirectory.of(run), provenance(run)
     with as_user_error(directory.path):
         directory.path.mkdir(parents=True, exist_ok=True)
+        try:
+            before = read_json(directory.args) or {}
+        except UserError:  # it is only told, and written anew
+            before = {}
         write_text(directory.settings, to_yaml(run))
-        write_json(directory.args, provenance(run) | {"schedule": asdict(schedule)})
+        write_json(directory.args, now | {"schedule": asdict(schedule)})
+    old, new = versions(before), versions(now)
+    return [
+        f"{name}: {old[name]} -> {new[name]} since the last start"
+        for name in new
+        if old.get(name, new[name]) != new[name]
+    ]
+
+
+def versions(provenance: dict[str, Any]) -> dict[str, str]:
+    """Everything in args.json that says which code ran."""
+    packages = provenance.get("versions")
+    own = {name: provenance.get(name) for name in ("dskd", "git", "python")}
+    found = own | (packages if isinstance(packages, dict) else {})
+    return {name: str(version) for name, version in found.items() if version is not None}
 
 
 def provenance(run: RunConfig) -> dict[str, Any]:
@@ -81,21 +101,6 @@ def clean(directory: RunDirectory) -> None:
     """Remove what a killed process left half done. Only the process that holds the lock may."""
     for left in directory.unfinished():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def keep_models(directory: RunDirectory, kept: tuple[SavedModel, ...]) -> None:
-    """Delete the saved models that are not among `kept`, best first; `best` links to the first one."""
-    if kept:
-        link = beside(directory.best, "link")
-        link.unlink(missing_ok=True)
-        link.symlink_to(kept[0].folder)
-        if directory.best.is_dir() and not directory.best.is_symlink():
-            shutil.rmtree(directory.best)  # the run was copied with its links followed: a second copy of a model
-        link.replace(directory.best)
-    names = {saved.folder for saved in kept}
-    for folder, _ in directory.models():
-        if folder.name not in names:
-            shutil.rmtree(folder)
 
 
 def cut_metrics(directory: RunDirectory, length: int) -> None:

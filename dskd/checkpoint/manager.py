@@ -1,13 +1,13 @@
 """How a run begins or goes on, and when its state is saved: what stands between the loop and `state`."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dskd.checkpoint import directory, state
+from dskd.checkpoint import directory, retention, state
 from dskd.checkpoint.models import save_model
 from dskd.checkpoint.staging import Staging
 from dskd.config.changes import harmful
@@ -17,7 +17,8 @@ from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import Monitor
 from dskd.engine.preemption import Decision, Stopped
 from dskd.rundir import lock
-from dskd.rundir.layout import RunDirectory, StateName
+from dskd.rundir.files import as_user_error
+from dskd.rundir.layout import ModelName, RunDirectory, StateName
 from dskd.rundir.read import Schedule
 from dskd.rundir.train_state import TrainState
 
@@ -41,7 +42,7 @@ class Past:
 
 @contextmanager
 def opened(run: RunConfig, ranks: Ranks, force: bool) -> Iterator[Past]:
-    """Hold the run directory, and find what is in it. A collective call.
+    """Hold the run directory, find what is in it, and repeat what a kill may have left undone. A collective call.
 
     Raises `UserError` on all ranks where another process holds it, or it belongs to another run.
     """
@@ -52,9 +53,35 @@ def opened(run: RunConfig, ranks: Ranks, force: bool) -> Iterator[Past]:
         if changes is None:
             yield Past(None, None, TrainState(), ())
             return
-        folder, found, notes = state.find(own, ranks)
+        found = state.find(own, ranks)
+        mended = ranks.together(lambda: mend(own, found, run.checkpoint.keep_last) if ranks.is_main else None)[0]
+        best, notes = mended
         told = [f"changed: {key}: {change}" for key, change in changes.items()]
-        yield Past(changes, folder, found, (*told, *notes))
+        yield Past(changes, found.folder, with_models(found.state, best), (*told, *found.notes, *notes))
+
+
+def mend(own: RunDirectory, found: state.Found, keep_last: int) -> tuple[list[str], list[str]]:
+    """Set aside what is damaged, and delete what does not stay; the models that are sound, and what to tell."""
+    with as_user_error(own.path):
+        for folder in found.damaged:
+            retention.put_aside(folder)
+        if found.folder is None:
+            return [], []
+        best, notes = retention.sound_models(own, found.state.best)
+        retention.retain(own, replace(found.state, best=best), keep_last)
+    return [saved.folder for saved in best], notes
+
+
+def with_models(found: TrainState, sound: Sequence[str]) -> TrainState:
+    """A state without the models that are lost.
+
+    The evaluation after its step is done again where that had saved one of them, or a finished run would have none.
+    """
+    lost = [saved for saved in found.best if saved.folder not in sound]
+    best = tuple(saved for saved in found.best if saved.folder in sound)
+    own = any((name := ModelName.parse(saved.folder)) is not None and name.step == found.step for saved in lost)
+    again = own or (found.finished and not best)
+    return replace(found, best=best, pending=found.pending or again, finished=found.finished and not again)
 
 
 class CheckpointManager:
@@ -66,8 +93,8 @@ class CheckpointManager:
         self.staging = Staging(run.checkpoint.scratch_dir, self.directory.path, ranks.rank)
         self.kept: StateName | None = None
         """The newest state that was written."""
-        self.unpublished: Callable[[], None] | None = None
-        """Publishes the state that was written last, once all of it is in the run directory."""
+        self.unpublished: tuple[TrainState, dict[str, Any]] | None = None
+        """The state that was written last, and its files, until all of it is in the run directory."""
         self.due = False
         self.notes: list[str] = []
         """What the log should tell of the state that was loaded."""
@@ -81,18 +108,22 @@ class CheckpointManager:
         if past.folder is not None:
             self.notes = state.load(past.folder, self.engine, self.run.train.seed, self.ranks)
             self.kept = past.state.name
-        self.ranks.together(lambda: self.prepare_directory(past) if self.ranks.is_main else None)
+        told = self.ranks.together(lambda: self.prepare_directory(past) if self.ranks.is_main else None)[0]
+        self.notes += told or []
         return past.state
 
-    def prepare_directory(self, past: Past) -> None:
-        if past.changes is None or past.changes:
-            directory.write_settings(self.run, self.schedule)
-        directory.clean(self.directory)
-        directory.cut_metrics(self.directory, past.state.metrics_bytes)
+    def prepare_directory(self, past: Past) -> list[str]:
+        """On the main rank; what the log should tell."""
+        notes = directory.write_settings(self.run, self.schedule)
+        with as_user_error(self.directory.path):
+            directory.clean(self.directory)
+            directory.cut_metrics(self.directory, past.state.metrics_bytes)
+        return notes
 
     def keep_model(self, folder: Path, student: Any, projectors: Any, tokenizer: Any) -> None:
         """Save a model. A collective call."""
-        save_model(self.staging.local(folder), student, projectors, tokenizer, self.ranks)
+        with self.ranks.flags.during("save"):
+            save_model(self.staging.local(folder), student, projectors, tokenizer, self.ranks)
         if self.ranks.is_main:
             self.staging.folder(folder)
 
@@ -110,7 +141,7 @@ class CheckpointManager:
         self.due = self.due or self.is_due(now.step, decision)
         at_once = decision.stop or finished
         if at_once or not decision.busy:
-            self.arrive()
+            self.arrive(now)
         if at_once or (self.due and not decision.busy):
             if now.name != self.kept:
                 now = replace(now, metrics_bytes=monitor.position(), finished=finished)
@@ -118,29 +149,32 @@ class CheckpointManager:
             self.due = False
             self.set_clock()
         if at_once:
-            self.arrive()
+            self.arrive(now)
         if decision.stop and not finished:
             raise Stopped
         return now
 
     def save(self, now: TrainState) -> None:
-        written = state.write(self.directory.state(now.name), self.staging, self.engine, self.ranks)
+        with self.ranks.flags.during("save"):
+            written = state.write(self.directory.state(now.name), self.staging, self.engine, self.ranks)
         self.kept = now.name
-
-        def publish() -> None:
-            state.complete(self.directory, now, written, self.run.checkpoint.keep_last)
-            directory.keep_models(self.directory, now.best)
-
-        self.unpublished = publish
+        self.unpublished = now, written
         if not self.staging.scratch:
-            self.arrive()
+            self.arrive(now)
 
-    def arrive(self) -> None:
+    def arrive(self, now: TrainState) -> None:
         """Wait for what is on its way on any rank, and publish the state that it belongs to. A collective call."""
         if self.unpublished is not None:
-            self.ranks.together(lambda: self.staging.wait(self.ranks.flags.moved))
-            publish, self.unpublished = self.unpublished, None
-            self.ranks.together(lambda: publish() if self.ranks.is_main else None)
+            with self.ranks.flags.during("save"):
+                self.ranks.together(self.staging.wait)
+                (saved, written), self.unpublished = self.unpublished, None
+                self.ranks.together(lambda: self.publish(saved, written, now) if self.ranks.is_main else None)
+
+    def publish(self, saved: TrainState, written: dict[str, Any], now: TrainState) -> None:
+        """`now` may know of models that came after `saved` was written."""
+        state.complete(self.directory, saved, written)
+        with as_user_error(self.directory.path):
+            retention.retain(self.directory, saved, self.run.checkpoint.keep_last, now.best)
 
     def is_due(self, step: int, decision: Decision) -> bool:
         every, epoch_done = self.run.checkpoint.every_steps, step % self.schedule.steps_per_epoch == 0

@@ -8,7 +8,7 @@ from torch import nn
 
 from dskd.engine.distributed import Ranks
 from dskd.engine.zero import whole_state
-from dskd.rundir.files import published
+from dskd.rundir.files import as_user_error, persistently, published
 from dskd.rundir.layout import PROJECTORS
 
 
@@ -16,10 +16,16 @@ def save_model(folder: Path, student: Any, projectors: nn.Module, tokenizer: Any
     """Write student, tokenizer and projectors to `folder`: whole or not at all. A collective call."""
     state = whole_state(student, ranks.is_main)
     projector_state = whole_state(projectors, ranks.is_main)
-    if ranks.is_main:
+
+    def write() -> None:
         with published(folder) as temporary:
             student.save_pretrained(temporary, state_dict=state)
             tokenizer.save_pretrained(temporary)
             if projector_state:
                 save_file(projector_state, temporary / PROJECTORS)
-    ranks.barrier()
+
+    def write_whole() -> None:
+        with as_user_error(folder):
+            persistently(write)
+
+    ranks.together(lambda: write_whole() if ranks.is_main else None)

@@ -1,12 +1,16 @@
 """Staging: states and models are written to a node's own disk, and copied to the run directory in the background."""
 
 import hashlib
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from concurrent import futures
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dskd.config.errors import UserError
 from dskd.rundir.files import as_user_error, copy_verified, publish, read_manifest
 from dskd.rundir.layout import beside
 
@@ -15,13 +19,10 @@ class Staging:
     """This rank's copies, one after the other in a thread. Without a scratch folder all is written in its place."""
 
     def __init__(self, scratch: Path | None, directory: Path, rank: int) -> None:
-        self.directory, self.scratch = directory, None
+        self.directory = directory
+        self.scratch = None if scratch is None else own_folder(scratch, directory, rank)
         self.copies: list[futures.Future[None]] = []
         if scratch is not None:
-            # Runs and ranks that share a node share its disk.
-            name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-            self.scratch = scratch / f"dskd-{name}" / f"rank{rank}"
-            shutil.rmtree(self.scratch, ignore_errors=True)  # an earlier start's; what counts is in the run directory
             self.thread = futures.ThreadPoolExecutor(1, "staging")
 
     def local(self, path: Path) -> Path:
@@ -44,13 +45,33 @@ class Staging:
     def busy(self) -> bool:
         return any(not copy.done() for copy in self.copies)
 
-    def wait(self, moved: Callable[[], None]) -> None:
-        """Until all has arrived; `moved` is called every second. Raises what a copy raised."""
+    def wait(self) -> None:
+        """Until all has arrived. Raises what a copy raised."""
         copies, self.copies = self.copies, []
-        while futures.wait(copies, timeout=1.0).not_done:
-            moved()
         for copy in copies:
             copy.result()
+
+
+def own_folder(scratch: Path, directory: Path, rank: int) -> Path:
+    """An empty folder of this rank on a disk that others use as well, which no one else can read or has prepared.
+
+    Raises `UserError` where something of someone else's is in its place.
+    """
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]  # runs and ranks that share a node share its disk
+    folder = scratch / f"dskd-{os.getuid()}-{name}"
+    with as_user_error(folder, "checkpoint.scratch_dir"):
+        scratch.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        about = folder.lstat()  # of a link itself, and not of what it points to
+        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
+            raise UserError(f"checkpoint.scratch_dir: {folder} is a link, or another user's; it is not touched")
+        folder.chmod(0o700)
+        own = folder / f"rank{rank}"
+        if own.is_dir() and not own.is_symlink():
+            shutil.rmtree(own)  # an earlier start's; what counts is in the run directory
+        own.mkdir()
+    return own
 
 
 def move_file(source: Path, target: Path, expected: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ nothing is kept of them. The teacher and frozen weights are read from their own 
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,18 @@ from dskd.checkpoint.shards import load_pieces, read_notes, save_pieces
 from dskd.checkpoint.staging import Staging
 from dskd.config.errors import UserError
 from dskd.engine.distributed import Ranks
-from dskd.rundir.files import as_user_error, damage, entry, publish, read_manifest, sync_file, write_json, write_text
-from dskd.rundir.layout import STATE, RunDirectory, StateName, beside, rank_file
+from dskd.rundir.files import (
+    as_user_error,
+    damage,
+    entry,
+    persistently,
+    publish,
+    read_manifest,
+    sync_file,
+    write_json,
+    write_text,
+)
+from dskd.rundir.layout import STATE, RunDirectory, beside, rank_file
 from dskd.rundir.read import newest_state
 from dskd.rundir.train_state import FORMAT, TrainState, read_state
 
@@ -52,14 +63,18 @@ def clear(folder: Path) -> None:
 def write_rank(partial: Path, engine: Any, ranks: Ranks) -> tuple[str, dict[str, Any]]:
     file = rank_file(partial, ranks.rank)
     with as_user_error(file):
-        partial.mkdir(parents=True, exist_ok=True)
-        save_pieces(engine, file, *randomness.capture(ranks.device))
-        sync_file(file)
-        return file.name, entry(file)
+        return persistently(lambda: write_pieces(file, engine, ranks))
 
 
-def complete(directory: RunDirectory, state: TrainState, written: dict[str, Any], keep_last: int) -> None:
-    """Once every rank's file is there: publish the state, then LATEST, then delete older states. On the main rank."""
+def write_pieces(file: Path, engine: Any, ranks: Ranks) -> tuple[str, dict[str, Any]]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_pieces(engine, file, *randomness.capture(ranks.device))
+    sync_file(file)
+    return file.name, entry(file)
+
+
+def complete(directory: RunDirectory, state: TrainState, written: dict[str, Any]) -> None:
+    """Once every rank's file is there: publish the state, then LATEST. On the main rank."""
     folder = directory.state(state.name)
     partial = beside(folder, "partial")
     with as_user_error(folder):
@@ -67,38 +82,46 @@ def complete(directory: RunDirectory, state: TrainState, written: dict[str, Any]
         write_json(partial / STATE, about | state.to_json())
         publish(partial, folder, written | {STATE: entry(partial / STATE)})
         write_text(directory.latest, folder.name + "\n")
-        for older in newest_first(directory)[keep_last:]:
-            shutil.rmtree(older)
 
 
-def newest_first(directory: RunDirectory) -> list[Path]:
-    """The folders of published states."""
-    names = [StateName.parse(path.name) for path in directory.states.glob("step*")]
-    return [directory.state(name) for name in sorted((n for n in names if n is not None), reverse=True)]
+@dataclass(frozen=True)
+class Found:
+    """What is in a run directory to go on from."""
+
+    folder: Path | None
+    """The newest state that is whole; None begins at step 0."""
+    state: TrainState
+    """Where the run stood then."""
+    damaged: tuple[Path, ...]
+    """Newer states that are not whole."""
+    notes: tuple[str, ...]
+    """What the log should tell of it."""
 
 
-def find(directory: RunDirectory, ranks: Ranks) -> tuple[Path | None, TrainState, list[str]]:
-    """The newest state that is whole, where the run stood, and what to tell of damaged ones. A collective call.
+def find(directory: RunDirectory, ranks: Ranks) -> Found:
+    """Look for the newest state that is whole. A collective call.
 
     The files are verified by all ranks together, each taking some. Without any state the run stands at its beginning.
 
     Raises:
         UserError: where there are states, but none is whole.
     """
-    seen = ([p.name for p in newest_first(directory)], why_latest_is_none(directory)) if ranks.is_main else None
+    seen = ([str(n) for n in directory.state_names()], why_latest_is_none(directory)) if ranks.is_main else None
     candidates, problem = ranks.gather(seen)[0]
     notes = [] if problem is None else [problem]
+    damaged: list[Path] = []
     for folder in (directory.states / name for name in candidates):
         own = list(problems(folder, ranks.rank, ranks.world_size))
         found = [problem for part in ranks.gather(own) for problem in part]
         if not found:
             about = read_state(folder)
             assert about is not None
-            return folder, about.state, notes
+            return Found(folder, about.state, tuple(damaged), tuple(notes))
+        damaged.append(folder)
         notes.append(f"state {folder} is damaged and not used: {found[0]}")
     if candidates:
         raise UserError(f"{directory.states}: no state is whole: {notes[-1]}; without this folder the run begins anew")
-    return None, TrainState(), notes
+    return Found(None, TrainState(), (), tuple(notes))
 
 
 def why_latest_is_none(directory: RunDirectory) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dskd.rundir.files import as_user_error
+from dskd.rundir.files import as_user_error, persistently, write_all
 from dskd.rundir.layout import RunDirectory
 
 LOG = logging.getLogger("dskd")
@@ -29,15 +29,18 @@ class Monitor:
         self.directory, self.total_steps, self.is_main, self.done = directory, total_steps, is_main, done
         self.stack = ExitStack()
         self.last_line, self.started, self.first = 0.0, time.monotonic(), 0
+        self.board: Any = None
 
     def __enter__(self) -> Self:
         LOG.setLevel(logging.INFO)
         LOG.propagate = False
         if not self.is_main:
             return self
-        self.metrics = self.stack.enter_context(self.directory.metrics.open("ab", buffering=0))
+        logging.raiseExceptions = False  # a disk that refuses a line of the log is told by what else is written
         self.console = Console(stderr=True)
-        self.add_handler(logging.FileHandler(self.directory.log, encoding="utf-8"), "%(asctime)s %(message)s")
+        with as_user_error(self.directory.path):
+            self.metrics = self.stack.enter_context(self.directory.metrics.open("ab", buffering=0))
+            self.add_handler(logging.FileHandler(self.directory.log, encoding="utf-8"), "%(asctime)s %(message)s")
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -65,13 +68,26 @@ class Monitor:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
             return None
-        writer = SummaryWriter(str(self.directory.tensorboard), purge_step=self.done + 1)
-        self.stack.callback(writer.close)
-        return writer
+        try:
+            return SummaryWriter(str(self.directory.tensorboard), purge_step=self.done + 1)
+        except Exception as error:
+            LOG.warning(f"TensorBoard gets nothing: {one_line(error)}")
+            return None
+
+    def on_board(self, do: Callable[[Any], None]) -> None:
+        """What goes to TensorBoard too; where that fails it is told once, and training goes on."""
+        if self.board is None:
+            return
+        try:
+            do(self.board)
+        except Exception as error:  # its writer raises later what its thread met earlier, whatever that was
+            self.board = None
+            LOG.warning(f"TensorBoard gets nothing more: {one_line(error)}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.on_board(lambda board: board.close())
         self.stack.close()
 
     def step(self, figures: Mapping[str, float | int]) -> None:
@@ -92,7 +108,8 @@ class Monitor:
         """Bytes of metrics.jsonl, all of them on the disk; 0 on the other ranks."""
         if not self.is_main:
             return 0
-        os.fsync(self.metrics.fileno())
+        with as_user_error(self.directory.metrics):
+            persistently(lambda: os.fsync(self.metrics.fileno()))
         return os.fstat(self.metrics.fileno()).st_size
 
     def write(self, figures: Mapping[str, float | int | str]) -> None:
@@ -100,11 +117,18 @@ class Monitor:
         if not self.is_main:
             return
         with as_user_error(self.directory.path):
-            self.metrics.write((json.dumps(figures) + "\n").encode())
-        if self.board is not None:
-            for name, value in figures.items():
-                if name != "step" and not isinstance(value, str):
-                    self.board.add_scalar(name, value, int(figures["step"]))
+            write_all(self.metrics, (json.dumps(figures) + "\n").encode())
+        self.on_board(lambda board: add_scalars(board, figures))
+
+
+def add_scalars(board: Any, figures: Mapping[str, float | int | str]) -> None:
+    for name, value in figures.items():
+        if name != "step" and not isinstance(value, str):
+            board.add_scalar(name, value, int(figures["step"]))
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @contextmanager

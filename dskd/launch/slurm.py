@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import stamina
-from stamina.instrumentation import set_on_retry_hooks
 
 from dskd.config.errors import UserError
 
@@ -27,7 +26,6 @@ KEYS = (
     (r"cpu", "cpus_per_node"),
 )
 T = TypeVar("T")
-set_on_retry_hooks([])  # what comes of it is told once, at the end
 
 
 class Unreachable(Exception):

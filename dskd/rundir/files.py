@@ -6,40 +6,66 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
+
+import stamina
+from stamina.instrumentation import set_on_retry_hooks
 
 from dskd.config.errors import UserError
 from dskd.rundir.layout import MANIFEST, beside
 
 UMASK = os.umask(0o077)
 os.umask(UMASK)  # it can only be read by setting it
+T = TypeVar("T")
+PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EREMOTEIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN),
+}
+set_on_retry_hooks([])  # what comes of a retry is told once, at the end
 Manifest = Mapping[str, Mapping[str, Any]]
 """Size in bytes and sha256 of each file of a folder, by its name relative to the folder."""
 
 
 @contextmanager
-def as_user_error(path: Path) -> Iterator[None]:
-    """No space and no permission are said in one line; any other failure of the system stays what it is."""
+def as_user_error(path: Path, key: str = "output.root") -> Iterator[None]:
+    """What the system refuses is said in one line; any other error stays what it is."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         number = error_number(error)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            where = getattr(error, "filename", None) or path
-            raise UserError(f"output.root: cannot write {where}: {os.strerror(number)}") from None
-        raise
+        if number is None:
+            raise
+        where = getattr(error, "filename", None) or path
+        raise UserError(f"{key}: cannot write {where}: {os.strerror(number)}") from None
 
 
 def error_number(error: Exception) -> int | None:
-    """The system's number of an error. safetensors tells it only in its message: "... (os error 28)"."""
+    """The system's number of an error. Libraries in Rust tell it only in their message: "... (os error 28)"."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    found = re.search(r"os error (\d+)", str(error))
     return int(found.group(1)) if found else None
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a failure is of a kind that storage which many share recovers from."""
+    return error_number(error) in PASSING
+
+
+def persistently(do: Callable[[], T]) -> T:
+    """`do`, which must bear to be done twice; tried again for some seconds where what failed may pass."""
+    for attempt in stamina.retry_context(on=may_pass, attempts=4, timeout=None, wait_initial=0.3, wait_max=2.0):
+        with attempt:
+            return do()
+    raise AssertionError("not reached: the last attempt raises")
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
@@ -95,9 +121,13 @@ def written(file: Path) -> Iterator[Path]:
 
 def write_text(file: Path, text: str, mode: int | None = None) -> None:
     """Write a whole file or none, with the permissions `mode`, or those that the process gives to every file."""
-    with written(file) as temporary:
-        temporary.touch(mode or 0o666, exist_ok=False)
-        temporary.write_text(text, encoding="utf-8")
+
+    def write() -> None:
+        with written(file) as temporary:
+            temporary.touch(mode or 0o666, exist_ok=False)
+            temporary.write_text(text, encoding="utf-8")
+
+    persistently(write)
 
 
 def write_json(file: Path, value: object) -> None:
@@ -105,9 +135,16 @@ def write_json(file: Path, value: object) -> None:
 
 
 def append_json(file: Path, value: object) -> None:
-    """Add one line to a file, with one write."""
+    """Add one line to a file."""
     with file.open("ab", buffering=0) as out:
-        out.write((json.dumps(value) + "\n").encode())
+        write_all(out, (json.dumps(value) + "\n").encode())
+
+
+def write_all(out: FileIO, data: bytes) -> None:
+    """Write to a file without a buffer; one write may take only a part."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[persistently(partial(out.write, rest)) or 0 :]
 
 
 def private_folder(folder: Path) -> None:
@@ -125,10 +162,9 @@ def published(folder: Path) -> Iterator[Path]:
     """
     temporary = beside(folder, uuid4().hex[:12])
     try:
-        with as_user_error(temporary):
-            temporary.mkdir(parents=True)
-            yield temporary
-            publish(temporary, folder, manifest(temporary))
+        temporary.mkdir(parents=True)
+        yield temporary
+        publish(temporary, folder, manifest(temporary))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -139,7 +175,7 @@ def publish(temporary: Path, folder: Path, files: Manifest) -> None:
     write_json(temporary / MANIFEST, files)
     for name in files:
         (temporary / name).chmod(0o666 & ~UMASK)  # libraries that write files themselves may hide them from the group
-    sync(temporary)
+    persistently(lambda: sync(temporary))
     if folder.exists():  # left by a run that was killed before its state knew of it
         replaced = beside(folder, "replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -148,7 +184,7 @@ def publish(temporary: Path, folder: Path, files: Manifest) -> None:
         shutil.rmtree(replaced)
     else:
         temporary.rename(folder)
-    sync(folder.parent, recurse=False)
+    persistently(lambda: sync(folder.parent, recurse=False))
 
 
 def manifest(folder: Path) -> dict[str, dict[str, int | str]]:
@@ -198,9 +234,13 @@ def damage(file: Path, expected: Mapping[str, Any]) -> str | None:
 
 def copy_verified(source: Path, target: Path, expected: Mapping[str, Any]) -> None:
     """Copy a file to another disk. Raises `UserError` where it does not arrive as its manifest describes it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    sync_file(target)
+
+    def copy() -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        sync_file(target)
+
+    persistently(copy)
     problem = damage(target, expected)
     if problem is not None:
         raise UserError(f"{target}: not what it should be as a copy of {source}: {problem}")

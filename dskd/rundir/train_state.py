@@ -1,5 +1,6 @@
 """Where a run stands, as state.json in each of its states holds it: written by the core, read by the launcher too."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,6 +89,7 @@ def best_of(saved: Sequence[SavedModel], best_by: Literal["loss", "rougel"], cou
 
     def order(index: int) -> tuple[float, int]:
         scores = saved[index].scores
-        return (scores.loss if best_by == "loss" else -(scores.rougel or 0.0)), -index
+        value = scores.loss if best_by == "loss" else -(scores.rougel or 0.0)
+        return (math.inf if math.isnan(value) else value), -index
 
     return tuple(saved[index] for index in sorted(range(len(saved)), key=order)[:count])

@@ -16,6 +16,7 @@ from support.tiny import Tiny, write_records
 from bench.measure import one_thread
 from dskd.assemble import assemble
 from dskd.checkpoint import state
+from dskd.checkpoint.retention import retain
 from dskd.checkpoint.staging import Staging
 from dskd.config.load import load_run
 from dskd.config.run import RunConfig
@@ -47,7 +48,8 @@ def measure(run: RunConfig, ranks: Ranks, steps: int = 6, saves: int = 3) -> dic
         now = TrainState(step)
         written = state.write(directory.state(now.name), staging, training.engine, ranks)
         if ranks.is_main:
-            state.complete(directory, now, written, keep_last=1)
+            state.complete(directory, now, written)
+            retain(directory, now, keep_last=1)
         ranks.barrier()
         saved.append(time.monotonic() - begun)
     step_seconds, save_seconds = statistics.median(took[1:]), statistics.median(saved[1:])
