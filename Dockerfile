@@ -1,4 +1,4 @@
-# The image of dskd. `make image` builds it; docker/README.md, says how it is used.
+# The image of dskd. `make image` builds it; docker/README.md says how it is used.
 # The base must have the CUDA version that the torch of docker/requirements-torch.txt is built for (13.0), since DeepSpeed's
 # operators are compiled with it. On a base without nvcc they are left out and pip takes a torch by its own rules.
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04

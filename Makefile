@@ -4,10 +4,15 @@
 # make image        the Docker image
 # make test-image   builds it on a local base, and runs, stops and resumes it; needs root on Debian or Ubuntu
 # make test-slurm   tests on a real Slurm cluster on this machine; needs root on Debian or Ubuntu
+# make soak         runs under random kills, failing disk calls and damaged files: KILLS=1000 DISK=200 DAMAGES=300 SEED=1
 # make bench        losses, a step, alignments and saving against their dense or plain forms; forty minutes
 # All set up what they need in .venv on their first run; make image needs docker alone.
 
 PYTHON ?= python3
+KILLS ?= 100
+DISK ?= 20
+DAMAGES ?= 30
+SEED ?= 1
 VENV := .venv
 # An environment as a login node has it: the command line without torch.
 LOGIN_VENV := .venv-login
@@ -15,7 +20,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DOCKER ?= docker
 PIP_INSTALL = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt
 
-.PHONY: quickstart test test-faults test-slurm bench lint setup image test-image clean
+.PHONY: quickstart test test-faults test-slurm soak bench lint setup image test-image clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -28,6 +33,9 @@ test: $(VENV)/ready $(LOGIN_VENV)/ready lint
 
 test-faults: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m faults tests/faults
+
+soak: $(VENV)/ready
+	PYTHONPATH=tests $(VENV)/bin/python -m soak --kills $(KILLS) --disk $(DISK) --damages $(DAMAGES) --seed $(SEED)
 
 bench: $(VENV)/ready
 	PYTHONPATH=tests $(VENV)/bin/python -m bench

@@ -20,6 +20,7 @@ from dskd.engine.metrics import LOG
 from dskd.rundir.files import as_user_error, read_json, write_json, write_text
 from dskd.rundir.layout import RunDirectory
 from dskd.rundir.read import Schedule
+from dskd.rundir.train_state import TrainState
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors")
 
@@ -101,6 +102,16 @@ def clean(directory: RunDirectory) -> None:
     """Remove what a killed process left half done. Only the process that holds the lock may."""
     for left in directory.unfinished():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def before_evaluation(directory: RunDirectory, state: TrainState) -> int:
+    """Length of metrics.jsonl without the line of the evaluation after `state.step`, where that is its last one."""
+    with suppress(OSError):
+        whole = directory.metrics.read_bytes()[: state.metrics_bytes]
+        last = whole.rstrip(b"\n").rfind(b"\n") + 1
+        if b'"dev_loss"' in whole[last:]:
+            return last
+    return state.metrics_bytes
 
 
 def cut_metrics(directory: RunDirectory, length: int) -> None:

@@ -57,7 +57,10 @@ def opened(run: RunConfig, ranks: Ranks, force: bool) -> Iterator[Past]:
         mended = ranks.together(lambda: mend(own, found, run.checkpoint.keep_last) if ranks.is_main else None)[0]
         best, notes = mended
         told = [f"changed: {key}: {change}" for key, change in changes.items()]
-        yield Past(changes, found.folder, with_models(found.state, best), (*told, *found.notes, *notes))
+        now = with_models(found.state, best)
+        if now.pending and not found.state.pending:
+            now = replace(now, metrics_bytes=directory.before_evaluation(own, now))
+        yield Past(changes, found.folder, now, (*told, *found.notes, *notes))
 
 
 def mend(own: RunDirectory, found: state.Found, keep_last: int) -> tuple[list[str], list[str]]:
@@ -67,6 +70,8 @@ def mend(own: RunDirectory, found: state.Found, keep_last: int) -> tuple[list[st
             retention.put_aside(folder)
         if found.folder is None:
             return [], []
+        if found.notes:  # whatever was wrong, others than the core read it as well
+            state.name_latest(own, found.folder)
         best, notes = retention.sound_models(own, found.state.best)
         retention.retain(own, replace(found.state, best=best), keep_last)
     return [saved.folder for saved in best], notes

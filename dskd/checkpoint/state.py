@@ -81,7 +81,11 @@ def complete(directory: RunDirectory, state: TrainState, written: dict[str, Any]
         about = {"format": FORMAT, "dskd": __version__, "time": time.time(), "world_size": len(written)}
         write_json(partial / STATE, about | state.to_json())
         publish(partial, folder, written | {STATE: entry(partial / STATE)})
-        write_text(directory.latest, folder.name + "\n")
+        name_latest(directory, folder)
+
+
+def name_latest(directory: RunDirectory, folder: Path) -> None:
+    write_text(directory.latest, folder.name + "\n")
 
 
 @dataclass(frozen=True)

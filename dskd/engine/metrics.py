@@ -4,9 +4,10 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -55,12 +56,15 @@ class Monitor:
         else:
             self.add_handler(logging.StreamHandler(sys.stderr), "%(message)s")
         self.board = self.tensorboard()
+        # TensorBoard writes in a thread of its own, whose errors come back here; there they are told already.
+        self.stack.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = lambda failed: LOG.warning(f"thread {failed.thread}: {one_line(failed.exc_value)}")
         return self
 
     def add_handler(self, handler: logging.Handler, format_: str) -> None:
         handler.setFormatter(logging.Formatter(format_))
         LOG.addHandler(handler)
-        self.stack.callback(handler.close)
+        self.stack.callback(close_quietly, handler)
         self.stack.callback(LOG.removeHandler, handler)
 
     def tensorboard(self) -> Any:
@@ -121,13 +125,18 @@ class Monitor:
         self.on_board(lambda board: add_scalars(board, figures))
 
 
+def close_quietly(handler: logging.Handler) -> None:
+    with suppress(OSError):  # what it could not write is lost, and told by what else is written
+        handler.close()
+
+
 def add_scalars(board: Any, figures: Mapping[str, float | int | str]) -> None:
     for name, value in figures.items():
         if name != "step" and not isinstance(value, str):
             board.add_scalar(name, value, int(figures["step"]))
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

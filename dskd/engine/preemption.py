@@ -13,8 +13,8 @@ Phase = Literal["start", "step", "save"]
 """What a rank is at: until its first step, a step or an evaluation, or saving."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and all ranks know it."""
+class Stopped(BaseException):
+    """The run was asked to stop, and all ranks know it. No error, so that no library takes it for one of its own."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from dskd.config.errors import UserError
 from dskd.launch import slurm
@@ -22,7 +23,7 @@ class Status:
     directory: Path
     job: str
     state: str
-    """One word: pending, running, again, finished, failed, cancelled, or gone where nobody knows more."""
+    """One word: pending, running, again, finished, failed, cancelled, damaged, or gone where nobody knows more."""
     note: str
     """Why: the queue's reason, or how the run ended."""
     nodes: str
@@ -44,20 +45,49 @@ def submitted_under(root: Path) -> list[Path]:
     return sorted(file.parents[len(own.parts) - 1] for file in root.rglob(str(own)))
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """What a run directory tells of its last submission."""
+
+    jobs: Jobs
+    job: Job
+    starts: list[Start]
+
+    @property
+    def own_starts(self) -> list[Start]:
+        return [start for start in self.starts if start.job == self.job.id]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run itself wrote down how this submission ended."""
+        return bool(self.starts) and self.starts[-1].job == self.job.id and self.starts[-1].outcome in ENDED
+
+
 def statuses(directories: Sequence[Path]) -> list[Status]:
-    """The state of each run. Raises `UserError` for a directory that was never submitted."""
+    """The state of each run; where a file of one is damaged, its status says so, and the others are not touched.
+
+    Raises `UserError` for a directory that was never submitted.
+    """
     folders = [Jobs.at(directory.absolute()) for directory in directories]
-    jobs = [require_job(folder) for folder in folders]
-    starts = [folder.starts() for folder in folders]
-    open_ids = [
-        job.id for job, begun in zip(jobs, starts, strict=True) if job.id is not None and not is_over(job, begun)
-    ]
+    read = [read_submission(folder) for folder in folders]
+    open_ids = [one.job.id for one in read if isinstance(one, Submitted) and one.job.id is not None and not one.is_over]
     queued = slurm.queue(open_ids) if open_ids else {}
     gone = [job for job in open_ids if job not in queued]
     ended = slurm.ended(gone) if gone else {}
-    return [
-        status_of(folder, job, begun, queued, ended) for folder, job, begun in zip(folders, jobs, starts, strict=True)
-    ]
+    return [one if isinstance(one, Status) else status_of(one, queued, ended) for one in read]
+
+
+def read_submission(jobs: Jobs) -> Submitted | Status:
+    if not jobs.folder.submission.exists():
+        require_job(jobs)
+    try:
+        return Submitted(jobs, require_job(jobs), jobs.starts())
+    except UserError as error:
+        return damaged(jobs, "", error)
+
+
+def damaged(jobs: Jobs, job: str, error: UserError) -> Status:
+    return Status(jobs.directory.path, job, "damaged", str(error), "", 0, None, None, None, (), 0, None)
 
 
 def require_job(jobs: Jobs) -> Job:
@@ -67,48 +97,57 @@ def require_job(jobs: Jobs) -> Job:
     return job
 
 
-def is_over(job: Job, starts: Sequence[Start]) -> bool:
-    """Whether the run itself wrote down how this submission ended."""
-    return bool(starts) and starts[-1].job == job.id and starts[-1].outcome in ENDED
-
-
-def status_of(
-    jobs: Jobs,
-    job: Job,
-    starts: Sequence[Start],
-    queued: dict[str, slurm.QueueEntry],
-    ended: dict[str, slurm.QueueEntry],
-) -> Status:
+def status_of(one: Submitted, queued: dict[str, slurm.QueueEntry], ended: dict[str, slurm.QueueEntry]) -> Status:
     """One run's state, from what it wrote and what Slurm says."""
-    own = [start for start in starts if start.job == job.id]
+    jobs, job = one.jobs, one.job
     entry = queued.get(job.id or "")
     state: str
-    if is_over(job, starts):
-        state, note, nodes = starts[-1].outcome, starts[-1].reason, starts[-1].nodes
-    elif entry is not None:
-        state = "running" if entry.state in ("RUNNING", "COMPLETING") else entry.state.lower()
-        note, nodes = ("" if state == "running" or entry.reason == "None" else entry.reason), entry.nodes
-    else:
-        state, note, nodes = after_the_queue(jobs, job, own, ended.get(job.id or ""))
-    steps, schedule = read_steps(jobs.directory, TAIL_BYTES), read_schedule(jobs.directory)
-    step = int(steps[-1]["step"]) if steps else jobs.state_step()
-    total, recent = None if schedule is None else schedule.total_steps, steps[-RECENT_STEPS:]
-    speed = sum(f["tokens_per_second"] for f in recent) / len(recent) if recent else None
-    seconds = sum(f["seconds"] for f in recent) / len(recent) * (total - step) if recent and total else None
+    try:
+        if one.is_over:
+            last = one.starts[-1]
+            state, note, nodes = last.outcome, last.reason, last.nodes
+        elif entry is not None:
+            state = "running" if entry.state in ("RUNNING", "COMPLETING") else entry.state.lower()
+            note, nodes = ("" if state == "running" or entry.reason == "None" else entry.reason), entry.nodes
+        else:
+            state, note, nodes = after_the_queue(jobs, job, one.own_starts, ended.get(job.id or ""))
+        pace, saved, rougel = pace_of(jobs), jobs.state_step(), read_rougel(jobs.directory.path)
+    except UserError as error:
+        return damaged(jobs, job.id or "", error)
     return Status(
         directory=jobs.directory.path,
         job=job.id or "",
         state=state,
         note=note,
         nodes=nodes,
-        step=step,
-        total_steps=total,
-        tokens_per_second=speed,
-        seconds_left=seconds if state == "running" else None,
-        restarts=tuple(start.reason for start in starts if start.outcome in ("again", "lost")),
-        state_step=jobs.state_step(),
-        rougel=read_rougel(jobs.directory.path),
+        step=saved if pace.step is None else pace.step,
+        total_steps=pace.total_steps,
+        tokens_per_second=pace.tokens_per_second,
+        seconds_left=pace.seconds_left if state == "running" else None,
+        restarts=tuple(start.reason for start in one.starts if start.outcome in ("again", "lost")),
+        state_step=saved,
+        rougel=rougel,
     )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far a run is and how fast, by its metrics."""
+
+    step: int | None
+    total_steps: int | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+
+
+def pace_of(jobs: Jobs) -> Pace:
+    steps, schedule = read_steps(jobs.directory, TAIL_BYTES), read_schedule(jobs.directory)
+    total, recent = None if schedule is None else schedule.total_steps, steps[-RECENT_STEPS:]
+    if not recent:
+        return Pace(None, total, None, None)
+    step, seconds = int(recent[-1]["step"]), fmean(line["seconds"] for line in recent)
+    left = None if total is None else seconds * (total - step)
+    return Pace(step, total, fmean(line["tokens_per_second"] for line in recent), left)
 
 
 def after_the_queue(jobs: Jobs, job: Job, own: Sequence[Start], entry: slurm.QueueEntry | None) -> tuple[str, str, str]:

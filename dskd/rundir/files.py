@@ -62,7 +62,8 @@ def may_pass(error: Exception) -> bool:
 
 def persistently(do: Callable[[], T]) -> T:
     """`do`, which must bear to be done twice; tried again for some seconds where what failed may pass."""
-    for attempt in stamina.retry_context(on=may_pass, attempts=4, timeout=None, wait_initial=0.3, wait_max=2.0):
+    waits = {"wait_initial": 0.3, "wait_max": 2.0, "wait_jitter": 0.0}  # no jitter: it would draw from `random`
+    for attempt in stamina.retry_context(on=may_pass, attempts=4, timeout=None, **waits):
         with attempt:
             return do()
     raise AssertionError("not reached: the last attempt raises")

@@ -154,6 +154,7 @@ class RunDirectory:
             yield from self.path.glob(f".{name}*")
         for name in ("step", f"{self.latest.name}."):
             yield from self.states.glob(f".{name}*")
+        yield from self.lock.glob(".*")
 
     def has_begun(self) -> bool:
         """Whether there is anything but what may be in the directory of a run that has not begun."""

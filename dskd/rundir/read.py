@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cattrs
+
 from dskd.config.errors import UserError
 from dskd.config.load import load_run
 from dskd.config.run import RunConfig
@@ -44,12 +46,16 @@ class Schedule:
 def read_schedule(directory: RunDirectory) -> Schedule | None:
     """None for a run that has not begun, or that a version of dskd began which did not write it down."""
     found = (read_json(directory.args) or {}).get("schedule")
-    return None if found is None else Schedule(int(found["total_steps"]), int(found["steps_per_epoch"]))
+    try:
+        return None if found is None else cattrs.structure(found, Schedule)
+    except (cattrs.BaseValidationError, TypeError, ValueError, KeyError):
+        raise UserError(f"{directory.args}: is damaged: it does not say how long the run is") from None
 
 
 def read_steps(directory: RunDirectory, last_bytes: int | None = None) -> list[dict[str, Any]]:
     """The training steps of metrics.jsonl; with `last_bytes` those of its end alone."""
-    return [line for line in read_json_lines(directory.metrics, last_bytes) if "tokens_per_second" in line]
+    lines, numbers = read_json_lines(directory.metrics, last_bytes), ("step", "seconds", "tokens_per_second")
+    return [line for line in lines if all(isinstance(line.get(name), (int, float)) for name in numbers)]
 
 
 def read_evaluations(directory: RunDirectory) -> list[dict[str, Any]]:

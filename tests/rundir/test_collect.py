@@ -6,7 +6,7 @@ import pytest
 
 from dskd.config.errors import UserError
 from dskd.rundir.collect import collect
-from dskd.rundir.files import published, read_manifest
+from dskd.rundir.files import manifest, published, read_manifest
 
 
 def make(root, name, model, text):
@@ -74,3 +74,37 @@ def test_two_runs_of_one_name_are_told_apart(runs, tmp_path):
 def test_what_holds_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no run\.yaml"):
         collect([tmp_path], tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "../../../../x", "/abs", "a/../../x", "a\nb", "", ".", "..", "a//b", "a/", "./a"]
+)
+def test_a_manifest_that_names_what_is_no_file_of_its_folder_is_refused_and_nothing_is_written_elsewhere(
+    runs, tmp_path, name
+):
+    model = runs[0] / "epoch1_step5_loss2.5000"
+    files = json.loads((model / "MANIFEST.json").read_text())
+    victim = tmp_path / "out" / "x"
+    victim.write_text("one")
+    files[name] = files["model.safetensors"]
+    (model / "MANIFEST.json").write_text(json.dumps(files))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    to = tmp_path / "all" / "models"
+    with pytest.raises(UserError) as error:
+        collect(runs[:1], to)
+    assert len(str(error.value).splitlines()) == 1
+    assert "MANIFEST.json names " in str(error.value)
+    assert "which is no file of its folder" in str(error.value)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(to)}
+    assert after == before
+    assert not (to / "index.json").exists()
+
+
+def test_a_manifest_may_name_files_in_folders_of_its_own(runs, tmp_path):
+    model = runs[0] / "epoch1_step5_loss2.5000"
+    (model / "sub").mkdir()
+    (model / "sub" / "..more").write_text("more")
+    (model / "MANIFEST.json").unlink()
+    (model / "MANIFEST.json").write_text(json.dumps(manifest(model)))
+    (collected,) = collect(runs[:1], tmp_path / "all")
+    assert (tmp_path / "all" / collected.folder / "sub" / "..more").read_text() == "more"

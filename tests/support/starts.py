@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from soak.harm import arm_this_process
+
 from dskd.launch.ranks import free_port, rank_environment
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -20,6 +22,7 @@ SERVER.set_forkserver_preload(["dskd.train", "torch.utils.tensorboard.writer"])
 def run_dskd(arguments: list[str], environment: dict[str, str], output: Path) -> None:
     """In the new process."""
     os.environ |= environment
+    arm_this_process()
     multiprocessing.set_start_method("fork", force=True)  # as in a process of the command line
     with output.open("ab", buffering=0) as out:
         os.dup2(out.fileno(), 1)

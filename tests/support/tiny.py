@@ -5,8 +5,11 @@ import zlib
 from pathlib import Path
 
 import torch
+from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from dskd.config.methods import MethodConfig
 
 # Rows of embeddings beyond the tokenizer's: no two families are equally wide.
 PADDING = {"gpt2": 5, "llama": 11, "qwen2": 24, "mistral": 8, "gemma2": 16}
@@ -127,4 +130,49 @@ def varied_records(count: int, start: int = 0) -> list[dict[str, object]]:
 
 def write_records(file: Path, records: list[dict[str, object]]) -> Path:
     file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return file
+
+
+def write_run(tiny: Tiny, folder: Path, **sections: object) -> Path:
+    """Write folder/{train.jsonl, dev.jsonl, run.yaml}; returns the run file.
+
+    Args:
+        folder: an existing folder; the run's output.root is folder/outputs.
+        sections: laid over the defaults section by section, such as train={"max_steps": 2}, method={"kind": "kd"},
+            student={"path": ...}, teacher=None.
+
+    The defaults: 40 training and 10 dev records; the student a llama with the tokenizer "pieces"; the teacher a qwen2
+    with "bytes", or for methods of one vocabulary a mistral with "pieces" (the same, padded to another width); method
+    dskd_cma; one epoch, global batch 8 of micro-batches of 2; at most 64 tokens, 32 of them in the prompt; fp32; one
+    process and no data worker.
+    """
+    write_records(folder / "train.jsonl", varied_records(40))
+    write_records(folder / "dev.jsonl", varied_records(10, start=100))
+    method = sections.get("method")
+    kind = method.get("kind", "dskd_cma") if isinstance(method, dict) else "dskd_cma"
+    config = MethodConfig.kinds.get(kind)  # a test may make one up
+    one_vocabulary = config is not None and config.teacher == "same_vocabulary"
+    values: dict[str, object] = {
+        "student": {"path": str(tiny("llama"))},
+        "teacher": {"path": str(tiny("mistral" if one_vocabulary else "qwen2"))},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "dev": str(folder / "dev.jsonl"),
+            "max_length": 64,
+            "max_prompt_length": 32,
+            "workers": 0,
+        },
+        "method": {"kind": kind},
+        "train": {"epochs": 1, "global_batch_size": 8, "micro_batch_size": 2},
+        "engine": {"precision": "fp32"},
+        "launch": {"processes": 1},
+        "output": {"root": str(folder / "outputs")},
+    }
+    for name, section in sections.items():
+        base = values.get(name)
+        values[name] = base | section if isinstance(base, dict) and isinstance(section, dict) else section
+    file = folder / "run.yaml"
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(json.loads(json.dumps(values, default=str)), file)
     return file
