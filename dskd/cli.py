@@ -34,6 +34,9 @@ def main() -> None:
     except UserError as error:
         print(f"dskd: {error}", file=sys.stderr)
         leave(2)
+    except OSError as error:
+        print(f"dskd: {error.filename or 'this system'}: {error.strerror or error}", file=sys.stderr)
+        leave(2)
     except SystemExit as end:
         leave(end.code)
 
@@ -145,12 +148,17 @@ def evaluate(
 ) -> None:
     """Generate answers with a saved model and score ROUGE-L and exact match."""
     from dskd.config.load import parse_seeds
-    from dskd.config.run import check_checkpoint
+    from dskd.config.run import check_checkpoint, check_folder
+    from dskd.data.records import check_records
+    from dskd.rundir.layout import evaluation_of
 
     numbers = parse_seeds(seeds)
     if precision not in ("bf16", "fp32"):
         raise UserError(f"--precision: allowed: bf16, fp32; got {precision!r}")
+    folder = output or evaluation_of(checkpoint, data)
     check_checkpoint(checkpoint)
+    check_records(data)
+    check_folder("--output", folder)
     settings = GenerationConfig(greedy, temperature, top_p, max_length, max_prompt_length, batch_size)
     from dskd.start import gpus, start_ranks
 
@@ -158,10 +166,8 @@ def evaluate(
         start_ranks(processes or gpus())
     from dskd.engine import distributed
     from dskd.evaluate import evaluate as evaluate_here
-    from dskd.rundir.layout import evaluation_of
 
     ranks = distributed.start()
-    folder = output or evaluation_of(checkpoint, data)
     results = evaluate_here(checkpoint, data, numbers, settings, precision, folder, ranks, bos)
     if ranks.is_main:
         for name, label in (("rougel", "ROUGE-L"), ("exact_match", "exact match")):
@@ -240,11 +246,14 @@ def pipeline(
         str | None, typer.Option(help="Cluster profile: a name in slurm/clusters, or a YAML file.")
     ] = None,
     local: Annotated[bool, typer.Option("--local", help="Run the stages here, without Slurm.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted or run, and do nothing.")
+    ] = False,
 ) -> None:
     """Run a graph of trainings and evaluations, each after those it needs; what is complete already is skipped."""
     from dskd.launch.verbs import run_pipeline
 
-    raise SystemExit(run_pipeline(file, cluster, local))
+    raise SystemExit(run_pipeline(file, cluster, local, dry_run))
 
 
 @app.command()
@@ -256,6 +265,9 @@ def align(
     ),
 ) -> None:
     """Map each teacher token to its nearest student token, for method mined, and tell how many match."""
+    from dskd.config.run import check_folder
+
+    check_folder("--cache-dir", cache_dir)
     from dskd.data.vocabulary_map import load_or_build
     from dskd.engine.metrics import progress_bar
     from dskd.models.load import load_tokenizer

@@ -1,10 +1,16 @@
 """A pipeline: stages that train or evaluate, and that use each other's models by name."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
-from dskd.config.errors import UserError, require
+from dskd.config.errors import LAST_SEED, UserError, require, require_at_most
+from dskd.config.launch import MOST_HOURS
 from dskd.config.load import unknown
+from dskd.config.training import GenerationConfig
+
+TRAINING = ("settings", "teacher", "student")
+EVALUATION = ("data", "seeds", "generation", "bos", "precision", "processes", "hours", "parallel")
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,16 @@ class StageConfig:
     """Files of records to evaluate on."""
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
     """Sampling seeds; each file with each seed is one job."""
+    generation: GenerationConfig = GenerationConfig()
+    """How answers are generated."""
+    bos: bool = False
+    """Put the tokenizer's BOS token before the prompt."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the weights of the evaluated model."""
+    processes: int | None = None
+    """Processes of one evaluation; empty means one, or without Slurm one for each GPU."""
     options: tuple[str, ...] = ()
-    """Further options of `dskd evaluate`, such as --greedy."""
+    """Of older pipeline files; generation, bos, precision and processes took its place."""
     hours: float | None = None
     """Time limit of an evaluation; empty takes the cluster profile's."""
     parallel: int | None = None
@@ -35,10 +49,24 @@ class StageConfig:
     def __post_init__(self) -> None:
         require((self.run is None) != (self.evaluate is None), "run", "either run or evaluate is expected")
         require(self.evaluate is None or bool(self.data), "data", "is missing; an evaluation needs files of records")
-        names = ("settings", "teacher", "student") if self.evaluate else ("data", "options", "hours", "parallel")
-        for name in names:
-            require(not getattr(self, name), name, f"has no effect beside {'evaluate' if self.evaluate else 'run'}")
-        require(self.parallel is None or self.parallel > 0, "parallel", f"must be above 0, got {self.parallel}")
+        require(
+            not self.options,
+            "options",
+            "are settings now: generation (greedy, temperature, top_p, max_length, max_prompt_length, batch_size), "
+            "bos, precision and processes",
+        )
+        beside, unused = ("evaluate", TRAINING) if self.evaluate else ("run", EVALUATION)
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in unused:
+            require(getattr(self, name) == defaults[name], name, f"has no effect beside {beside}")
+        for name in ("processes", "hours", "parallel"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, f"must be above 0, got {value}")
+        require_at_most(self, 1024, "processes")
+        require_at_most(self, MOST_HOURS, "hours")
+        different = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
+        valid = different and all(0 <= seed <= LAST_SEED for seed in self.seeds)
+        require(valid, "seeds", f"different whole numbers from 0 to {LAST_SEED} are expected")
 
     @property
     def needs(self) -> tuple[str, ...]:

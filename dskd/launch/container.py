@@ -1,66 +1,71 @@
-"""The command that a rank runs on its node: the plain process, or the same in a container."""
+"""The command of a container, for docker/run and for a rank on its node: as few rights as training needs.
 
+With docker and podman it is the calling user's, without capabilities, and writes to its mounts and to /tmp alone.
+"""
+
+import os
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from dskd.config.cluster import ClusterConfig, ContainerConfig
+from dskd.config.cluster import ClusterConfig
+from dskd.launch.mounts import Mount, needed
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# What has this prefix comes through into apptainer's clean environment.
+RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DSKD_SECRET"),
+    "OMP_NUM_THREADS",
+)
+"""What a task of Slurm sets for its rank."""
+# What has this prefix comes through into apptainer's clean environment. Neither home nor the folder where the job was
+# submitted are mounted; /tmp is the node's. --containall would take InfiniBand and large files in /tmp away as well.
 APPTAINER = """\
 for name in {names}; do value=$(printenv "$name") && export "APPTAINERENV_$name=$value"; done
-exec apptainer exec --cleanenv --no-home "$@"
+exec apptainer exec --cleanenv --no-home --no-mount=home,cwd "$@"
 """
 # A step inside the job's own step, on this very node; srun passes signals on to what it started.
-PYXIS = 'exec srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "$@"'
+PYXIS = 'exec srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --no-container-mount-home "$@"'
 
 
-def rank_command(
-    cluster: ClusterConfig, arguments: Sequence[str], read: Iterable[Path], write: Iterable[Path], user: str
-) -> tuple[str, ...]:
-    """The command of one rank.
+def rank_command(cluster: ClusterConfig, arguments: Sequence[str], mounts: Iterable[Mount]) -> tuple[str, ...]:
+    """The command of one rank: the plain process, or the same in a container.
 
     Args:
         arguments: those of dskd, such as ("train", "run.yaml").
-        read: folders that the run reads.
-        write: folders that it writes to.
-        user: UID:GID that docker and podman run as.
+        mounts: what it reads and writes.
     """
     container = cluster.container
-    inside = (*(container.command or ("dskd",)), *arguments)
-    mounts = all_mounts(container, read, [*write, *([cluster.scratch] if cluster.scratch else [])])
+    if container.runtime == "none":
+        return (str(cluster.python or sys.executable), "-m", "dskd", *arguments)
+    given = [Mount.parse(mount) for mount in container.mounts]
+    shown = needed(mounts, given)
+    # A folder on a node's own disk may not be there yet.
+    folders = shlex.join(str(mount.source) for mount in shown if mount.writable and mount not in given)
+    make = f"mkdir -p {folders} || exit\n" if folders else ""
     names = passed_variables(cluster)
-    gpus = cluster.gpus_per_node > 0
+    inside = (*(container.command or ("dskd",)), *arguments)
     match container.runtime:
-        case "none":
-            return (str(cluster.python or sys.executable), "-m", "dskd", *arguments)
-        case "docker" | "podman":
-            device = {"docker": "--gpus=all", "podman": "--device=nvidia.com/gpu=all"}[container.runtime]
-            return (
-                *(container.runtime, "run", "--rm", "--network=host", "--ipc=host", f"--user={user}"),
-                *([device] if gpus else []),
-                *(f"--volume={mount}" for mount in mounts),
-                *(f"--env={name}" for name in names),
-                *container.arguments,
-                container.image,
-                *container.command,
-                *arguments,
-            )
+        case "docker" | "podman" as engine:
+            # Ranks on several nodes, and several on one node, find each other through the host's network and memory.
+            options = ["--network=host", "--ipc=host", *(f"--env={name}" for name in names), *container.arguments]
+            devices = gpu_devices(engine, "all") if cluster.gpus_per_node else []
+            words = (*container.command, *arguments)
+            command = engine_command(engine, container.image, shown, [*devices, *options], words)
+            return ("sh", "-c", f'{make}exec "$@"', "dskd", *command)
         case "apptainer":
             return (
-                *("sh", "-c", APPTAINER.format(names=" ".join(names)), "apptainer"),
-                *(["--nv"] if gpus else []),
-                *(f"--bind={mount}" for mount in mounts),
+                *("sh", "-c", make + APPTAINER.format(names=" ".join(names)), "dskd"),
+                *(["--nv"] if cluster.gpus_per_node else []),
+                *(f"--bind={mount.short}" for mount in shown),
                 *container.arguments,
                 container.image,
                 *inside,
             )
         case "pyxis":
             return (
-                *("sh", "-c", PYXIS, "srun"),
+                *("sh", "-c", make + PYXIS, "dskd"),
                 f"--container-image={container.image}",
-                f"--container-mounts={','.join(mounts)}",
+                f"--container-mounts={','.join(mount.short for mount in shown)}",
                 f"--container-env={','.join(names)}",
                 *container.arguments,
                 "env",  # srun looks for the program on the node before it starts it in the image
@@ -68,25 +73,41 @@ def rank_command(
             )
 
 
+def engine_command(
+    engine: str, image: str, mounts: Sequence[Mount], options: Sequence[str], words: Sequence[str]
+) -> list[str]:
+    """The whole command of docker or podman: `words` in a container that may do no more than the calling user."""
+    places = {*(str(mount.target) for mount in mounts), *(option.partition(":")[0] for option in options)}
+    own_tmp = {"/tmp", "--tmpfs=/tmp"} & places
+    return [
+        *(engine, "run", "--rm", f"--user={os.getuid()}:{os.getgid()}", "--read-only", "--cap-drop=ALL"),
+        *("--security-opt=no-new-privileges", *([] if own_tmp else ["--tmpfs=/tmp"])),
+        *(podman_options() if engine == "podman" else []),
+        *(f"--mount={mount.flag}" for mount in mounts),
+        *options,
+        image,
+        *words,
+    ]
+
+
+def podman_options() -> list[str]:
+    """Files belong to the caller also without root, and SELinux does not hide the mounts."""
+    return ["--security-opt=label=disable", *(["--userns=keep-id"] if os.getuid() else [])]
+
+
+def gpu_devices(engine: str, gpus: str) -> list[str]:
+    """All GPUs, or those of some numbers such as 0,1."""
+    if engine == "podman":
+        return [f"--device=nvidia.com/gpu={number}" for number in gpus.split(",")]
+    return ["--gpus=all" if gpus == "all" else f'--gpus="device={gpus}"']
+
+
 def passed_variables(cluster: ClusterConfig) -> tuple[str, ...]:
     """Names of the environment variables that a container gets."""
     own = ("CUDA_VISIBLE_DEVICES",) if cluster.gpus_per_node else ()
-    return (*RANK_VARIABLES, "OMP_NUM_THREADS", *own, *cluster.environment)
+    return tuple(dict.fromkeys((*RANK_VARIABLES, *own, *cluster.environment)))
 
 
-def all_mounts(container: ContainerConfig, read: Iterable[Path], write: Iterable[Path]) -> list[str]:
-    """HOST:INSIDE[:ro] of the profile's mounts, and of the run's own folders unless a mount shows them already."""
-    wanted = {str(path): True for path in read} | {str(path): False for path in write}
-    explicit = {m.split(":")[-1 - m.endswith(":ro")]: m.endswith(":ro") for m in container.mounts}
-    shown = wanted | explicit
-    own = [
-        f"{path}:{path}{':ro' if read_only else ''}"
-        for path, read_only in sorted(wanted.items())
-        if path not in explicit and not any(shows(outer, shown[outer], path, read_only) for outer in shown)
-    ]
-    return [m if ":" in m else f"{m}:{m}" for m in container.mounts] + own
-
-
-def shows(outer: str, outer_read_only: bool, path: str, read_only: bool) -> bool:
-    """Whether a mount of `outer` makes `path` visible, and writable where it must be."""
-    return outer != path and Path(path).is_relative_to(outer) and (read_only or not outer_read_only)
+def plain_name(text: str) -> str:
+    """A text as a name that Slurm and container engines take."""
+    return re.sub(r"[^a-zA-Z0-9_.-]", "_", text)

@@ -1,9 +1,11 @@
 """A graph of runs and evaluations: submitted with Slurm's dependencies, or run here one after the other."""
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from dskd.config.pipeline import PipelineConfig, StageConfig
 from dskd.config.run import RunConfig
 from dskd.config.stopping import UNFINISHED
 from dskd.launch import slurm
+from dskd.launch.mounts import base_of
 from dskd.launch.request import Request, evaluate_request, train_request
-from dskd.launch.submit import submit
+from dskd.launch.submit import submission_text, submit
 from dskd.rundir.jobs import Jobs
 from dskd.rundir.layout import RunDirectory
 from dskd.rundir.read import is_complete
@@ -28,12 +31,28 @@ class Stage:
     name: str
     needs: tuple[str, ...]
     requests: tuple[Request, ...]
-    parallel: int | None
+    parallel: int | None = None
+    run: RunConfig | None = None
+    """Of a stage that trains."""
 
     @property
     def open(self) -> tuple[Request, ...]:
         """What is not complete yet."""
         return tuple(request for request in self.requests if not is_complete(RunDirectory(request.directory)))
+
+    @property
+    def best(self) -> Path:
+        """The model that a training leaves; it need not be there yet."""
+        return RunDirectory(self.requests[0].directory).best
+
+    @property
+    def trains_adapter(self) -> bool:
+        return self.run is not None and self.run.student.lora is not None
+
+    @property
+    def base(self) -> Path | None:
+        """The model that `best` belongs to where it is, or will be, an adapter."""
+        return self.run.student.path if self.run and self.run.student.lora else base_of(self.best)
 
 
 def read_pipeline(file: Path, cluster: ClusterConfig) -> list[Stage]:
@@ -42,25 +61,46 @@ def read_pipeline(file: Path, cluster: ClusterConfig) -> list[Stage]:
     found: dict[str, Stage] = {}
     for name in pipeline.ordered():
         config = pipeline.stages[name]
-        models = {need: RunDirectory(found[need].requests[0].directory).best for need in config.needs}
-        requests = tuple(requests_of(name, config, file, models, cluster))
-        found[name] = Stage(name, config.needs, requests, config.parallel)
+        if config.run is None:
+            requests = tuple(evaluations(config, found[config.evaluate or ""], cluster))
+            found[name] = Stage(name, config.needs, requests, config.parallel)
+        else:
+            run = run_of(name, config, file, found)
+            models = [found[need].best for need in (config.teacher, config.student) if need]
+            found[name] = Stage(name, config.needs, (train_request(run, cluster, coming=models),), run=run)
+    refuse_twins(file, found.values())
     return list(found.values())
 
 
-def requests_of(
-    name: str, config: StageConfig, file: Path, models: dict[str, Path], cluster: ClusterConfig
-) -> Iterator[Request]:
-    if config.run is None:
-        model = models[config.evaluate or ""]
-        for data in config.data:
-            for seed in config.seeds:
-                yield evaluate_request(model, Path(data).absolute(), seed, cluster, config.hours, config.options)
-        return
-    joined = [("teacher.path", config.teacher), ("student.path", config.student)]
-    paths = [f"{key}={json.dumps(str(models[need]))}" for key, need in joined if need]
-    run: RunConfig = load_run(file.parent / config.run, [f"output.name={name}", *paths, *config.settings])
-    yield train_request(run, cluster, coming=list(models.values()))
+def run_of(name: str, config: StageConfig, file: Path, found: Mapping[str, Stage]) -> RunConfig:
+    """What a stage trains: its run file, with the models of other stages."""
+    settings = [f"output.name={json.dumps(name, ensure_ascii=False)}"]
+    for role, need in (("teacher", config.teacher), ("student", config.student)):
+        if need and found[need].trains_adapter:
+            raise UserError(
+                f"{file}: stages.{name}.{role}: {need} trains a LoRA adapter, and a whole model is expected"
+            )
+        if need:
+            settings.append(f"{role}.path={json.dumps(str(found[need].best), ensure_ascii=False)}")
+    return load_run(file.parent / (config.run or ""), [*settings, *config.settings])
+
+
+def evaluations(config: StageConfig, trained: Stage, cluster: ClusterConfig) -> Iterator[Request]:
+    """One job for each file with each seed."""
+    for data in config.data:
+        for seed in config.seeds:
+            yield evaluate_request(trained.best, trained.base, Path(data).absolute(), seed, config, cluster)
+
+
+def refuse_twins(file: Path, stages: Iterable[Stage]) -> None:
+    """Raise `UserError` where two jobs would have one directory: what the first leaves would pass for the second's."""
+    seen: dict[Path, str] = {}
+    for stage in stages:
+        for request in stage.requests:
+            if request.directory in seen:
+                both = " and ".join(dict.fromkeys((seen[request.directory], stage.name)))
+                raise UserError(f"{file}: stages: two jobs of {both} would write to {request.directory}")
+            seen[request.directory] = stage.name
 
 
 def submit_pipeline(stages: Sequence[Stage], cluster_name: str, cluster: ClusterConfig) -> Iterator[tuple[Stage, str]]:
@@ -72,33 +112,66 @@ def submit_pipeline(stages: Sequence[Stage], cluster_name: str, cluster: Cluster
     submitted: list[str] = []
     try:
         for stage in stages:
-            wanted = stage.open
-            queued = in_queue(wanted)
-            new = [request for request in wanted if request.directory not in queued]
+            new, queued = unsubmitted(stage)
             after = [job for need in stage.needs for job in jobs[need]]
             ids = submit(new, cluster_name, cluster, stage.parallel, after) if new else []
             submitted += ids
-            jobs[stage.name] = sorted({job.partition("_")[0] for job in ids} | set(queued.values()))
-            yield stage, told(stage, ids, list(queued.values()))
+            jobs[stage.name] = sorted({job.partition("_")[0] for job in ids} | set(queued))
+            yield stage, ", ".join([*numbered(ids), *there_already(stage, queued)])
     except UserError:
         if submitted:
             slurm.patiently(lambda: slurm.run("scancel", *submitted))
         raise
 
 
+def would_submit(stages: Sequence[Stage], cluster: ClusterConfig) -> Iterator[str]:
+    """What `submit_pipeline` would submit, as text; the names of stages stand for the jobs that others wait for."""
+    waited_for: set[str] = set()
+    for stage in stages:
+        new, queued = unsubmitted(stage)
+        after = [need for need in stage.needs if need in waited_for]
+        if new or queued:
+            waited_for.add(stage.name)
+        count = [f"{len(new)} job{'s' if len(new) > 1 else ''}"] if new else []
+        waits = [f"after {', '.join(after)}"] if new and after else []
+        yield f"# stage {stage.name}: {', '.join([*count, *waits, *there_already(stage, queued)])}"
+        if new:
+            yield submission_text(new, cluster, stage.parallel, after)
+
+
+def would_run(stages: Sequence[Stage]) -> Iterator[str]:
+    """What `run_here` would run, as text."""
+    for stage in stages:
+        if not stage.open:
+            yield f"# stage {stage.name}: complete"
+        for request in stage.open:
+            yield f"# stage {stage.name}: {request.directory}\n{shlex.join(request.command)}"
+
+
+def unsubmitted(stage: Stage) -> tuple[list[Request], list[str]]:
+    """What is neither complete nor in the queue, and the jobs that are in the queue."""
+    wanted = stage.open
+    queued = in_queue(wanted)
+    return [request for request in wanted if request.directory not in queued], list(queued.values())
+
+
 def in_queue(requests: Sequence[Request]) -> dict[Path, str]:
-    """Jobs of earlier submissions that are still in the queue, by run directory."""
+    """Jobs of earlier submissions that are still in the queue, by run directory; none where there is no Slurm."""
+    if shutil.which("squeue") is None:
+        return {}
     known = {r.directory: job.id for r in requests if (job := Jobs.at(r.directory).read()) is not None and job.id}
     active = slurm.queue(list(known.values()))
     return {directory: job for directory, job in known.items() if job in active}
 
 
-def told(stage: Stage, ids: Sequence[str], queued: Sequence[str]) -> str:
-    parts = [f"job {ids[0]}" if len(ids) == 1 else f"jobs {ids[0]} to {ids[-1]}"] if ids else []
-    parts += [f"in the queue already as {', '.join(queued)}"] if queued else []
+def numbered(ids: Sequence[str]) -> list[str]:
+    return [f"job {ids[0]}" if len(ids) == 1 else f"jobs {ids[0]} to {ids[-1]}"] if ids else []
+
+
+def there_already(stage: Stage, queued: Sequence[str]) -> list[str]:
     complete = len(stage.requests) - len(stage.open)
-    parts += [f"{complete} of {len(stage.requests)} complete already"] if complete else []
-    return ", ".join(parts)
+    parts = [f"in the queue already as {', '.join(queued)}"] if queued else []
+    return [*parts, *([f"{complete} of {len(stage.requests)} complete already"] if complete else [])]
 
 
 def run_here(stages: Sequence[Stage]) -> int:

@@ -2,15 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError, require
-from dskd.config.load import to_yaml
-from dskd.config.run import RunConfig, accumulation_steps, check_paths, models_of, written_folders
+from dskd.config.load import is_plain, to_yaml
+from dskd.config.pipeline import StageConfig
+from dskd.config.run import RunConfig, accumulation_steps, check_paths
 from dskd.launch.container import rank_command
+from dskd.launch.mounts import Mount, evaluation_mounts, run_mounts
 from dskd.rundir.layout import RunDirectory, evaluation_of
 
 STATE_BYTES = 7
@@ -44,65 +46,85 @@ def train_request(run: RunConfig, cluster: ClusterConfig, coming: Collection[Pat
     """
     if cluster.scratch is not None and run.checkpoint.scratch_dir is None:
         run = replace(run, checkpoint=replace(run.checkpoint, scratch_dir=cluster.scratch))
+    check_paths(run, coming)
+    mounts = run_mounts(run)
     request = Request(
         directory=run.directory,
         name=run.directory.name,
-        command=rank_command(
-            cluster,
-            ("train", str(RunDirectory.of(run).job.settings)),
-            inputs(run),
-            written_folders(run),
-            f"{os.getuid()}:{os.getgid()}",
-        ),
+        command=rank_command(cluster, ("train", str(RunDirectory.of(run).job.settings)), mounts),
         nodes=run.launch.nodes,
         tasks_per_node=run.launch.processes or cluster.gpus_per_node or 1,
         hours=run.launch.hours or cluster.hours,
         settings=to_yaml(run),
     )
-    check_paths(run, coming)
-    check(request, cluster, inputs(run))
+    check(request, cluster, mounts, "launch.")
     accumulation_steps(run, request.nodes * request.tasks_per_node)
     check_space(run)
     return request
 
 
 def evaluate_request(
-    model: Path, data: Path, seed: int, cluster: ClusterConfig, hours: float | None, options: Sequence[str]
+    model: Path, base: Path | None, data: Path, seed: int, stage: StageConfig, cluster: ClusterConfig
 ) -> Request:
-    """The job of one evaluation, of one file and one seed; it goes to eval/DATA/seedN in the model's run directory."""
+    """The job of one evaluation, of one file and one seed; it goes to eval/DATA/seedN in the model's run directory.
+
+    Args:
+        base: the model that an adapter belongs to.
+    """
+    require(data.is_file(), "data", f"no such file: {data}")
     directory = evaluation_of(model.parent, data, seed)
     arguments = ("evaluate", str(model), "--data", str(data), "--seeds", str(seed), "--output", str(directory))
-    command = rank_command(
-        cluster, (*arguments, *options), [model, data.parent], [model.parent], f"{os.getuid()}:{os.getgid()}"
+    mounts = evaluation_mounts(model, [data], directory, base)
+    request = Request(
+        directory=directory,
+        name=f"{data.stem}-seed{seed}",
+        command=rank_command(cluster, (*arguments, *evaluation_options(stage)), mounts),
+        nodes=1,
+        tasks_per_node=stage.processes or 1,
+        hours=stage.hours or cluster.hours,
     )
-    request = Request(directory, f"{data.stem}-seed{seed}", command, 1, 1, hours or cluster.hours)
-    require(data.is_file(), "data", f"no such file: {data}")
-    check(request, cluster, [data])
+    check(request, cluster, mounts, "")
     return request
 
 
-def inputs(run: RunConfig) -> list[Path]:
-    """The folders that a run reads."""
-    return [*models_of(run), run.data.train.parent, run.data.dev.parent]
+def evaluation_options(stage: StageConfig) -> list[str]:
+    """A stage's settings as options of `dskd evaluate`: all of them, so that no default can part the two."""
+    settings = asdict(stage.generation) | {"bos": stage.bos, "precision": stage.precision, "processes": stage.processes}
+    return [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in settings.items()
+        if value is not False and value is not None
+    ]
 
 
-def check(request: Request, cluster: ClusterConfig, read: Iterable[Path]) -> None:
-    """Raise `UserError` for what the queue would only find out later."""
+def check(request: Request, cluster: ClusterConfig, mounts: Iterable[Mount], section: str) -> None:
+    """Raise `UserError` for what the queue would only find out later.
+
+    Args:
+        section: of the keys that say how long and on how many processes.
+    """
     seconds, lead = request.hours * 3600, cluster.signal_seconds
     require(
         seconds > lead,
-        "launch.hours",
+        f"{section}hours",
         f"{request.hours:g} ({seconds:.0f} s) is not longer than the profile's signal_seconds {lead}",
     )
     gpus = cluster.gpus_per_node
     require(
         not gpus or request.tasks_per_node <= gpus,
-        "launch.processes",
+        f"{section}processes",
         f"{request.tasks_per_node} is more than the {gpus} GPUs of a node (gpus_per_node of the cluster profile)",
     )
     image = cluster.container.image_file
     require(image is None or image.is_file(), "container.image", f"no such file: {image}")
-    for path in (request.directory, *read):
+    # Slurm makes names of files of these, and takes a backslash for an escape even within quotes.
+    odd = "\\" in str(request.directory) or "%" in str(request.directory)
+    require(
+        not odd and all(map(is_plain, str(request.directory))),
+        "output",
+        f"{request.directory}: % and \\ and line breaks in a path mean something else to Slurm; choose another name",
+    )
+    for path in (request.directory, *(mount.source for mount in mounts if not mount.writable)):
         shared = not cluster.shared or any(path.is_relative_to(folder) for folder in cluster.shared)
         allowed = ", ".join(str(folder) for folder in cluster.shared)
         require(shared, "shared", f"{path} is not in a folder that all nodes share (cluster profile: {allowed})")

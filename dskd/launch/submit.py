@@ -20,6 +20,7 @@ from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError, require
 from dskd.config.load import to_yaml
 from dskd.launch import slurm
+from dskd.launch.container import plain_name
 from dskd.launch.request import Request
 from dskd.launch.task import Task
 from dskd.rundir.files import private_folder, write_text
@@ -90,6 +91,15 @@ def hand_over(executor: Executor, requests: Sequence[Request]) -> list[str]:
         slurm.raise_unreachable(said)
         raise slurm.refused(said) from None
     return [str(job.job_id) for job in jobs]
+
+
+def submission_text(
+    requests: Sequence[Request], cluster: ClusterConfig, parallel: int | None, after: Sequence[str] = ()
+) -> str:
+    """What `submit` would hand over, to be read: the command of each run, and the one batch script of them all."""
+    executor = batch_executor(requests, cluster, submission_folder(requests), parallel, after)
+    commands = [f"# {request.directory}: each rank runs\n{shlex.join(request.command)}" for request in requests]
+    return "\n".join([*commands, f"# submitted with sbatch:\n{executor.script(len(requests))}"])
 
 
 @contextmanager
@@ -177,7 +187,7 @@ def parameters(
     tasks = request.tasks_per_node
     share = tasks / cluster.gpus_per_node if cluster.gpus_per_node else 1.0
     options: dict[str, object] = {
-        "job_name": f"dskd-{request.name}",
+        "job_name": plain_name(f"dskd-{request.name}"),
         "time": minutes_of(request.hours),
         "nodes": request.nodes,
         "ntasks_per_node": tasks,

@@ -1,6 +1,5 @@
 """The verbs of the launcher: what they read from the command line and print."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,10 +10,10 @@ from dskd.config.errors import UserError
 from dskd.config.load import load, load_run, override
 from dskd.launch import slurm
 from dskd.launch.clusters import find_cluster
-from dskd.launch.pipeline import read_pipeline, run_here, submit_pipeline
+from dskd.launch.pipeline import read_pipeline, run_here, submit_pipeline, would_run, would_submit
 from dskd.launch.request import Request, train_request
 from dskd.launch.status import Status, require_job, statuses, submitted_under
-from dskd.launch.submit import batch_executor, submission_folder, submit
+from dskd.launch.submit import submission_text, submit
 from dskd.rundir.jobs import Jobs
 from dskd.rundir.read import is_complete, read_run
 
@@ -29,10 +28,7 @@ def submit_runs(arguments: Sequence[str], cluster_name: str, parallel: int | Non
     requests = [train_request(load_run(Path(file), overrides), cluster) for file in files]
     refuse_twins(requests)
     if dry_run:
-        executor = batch_executor(requests, cluster, submission_folder(requests), parallel, ())
-        for request in requests:
-            print(f"# {request.directory}: each rank runs\n{shlex.join(request.command)}")
-        print(f"# submitted with sbatch:\n{executor.script(len(requests))}")
+        print(submission_text(requests, cluster, parallel))
         return
     for request, job in zip(requests, submit(requests, name, cluster, parallel), strict=True):
         print(f"job {job}: {request.directory}")
@@ -54,12 +50,15 @@ def resubmit(directory: Path, overrides: Sequence[str], force: bool) -> None:
     print(f"job {id_}: {jobs.directory.path}")
 
 
-def run_pipeline(file: Path, cluster_name: str | None, local: bool) -> int:
+def run_pipeline(file: Path, cluster_name: str | None, local: bool, dry_run: bool) -> int:
     """`dskd pipeline`; the exit code."""
     if local == (cluster_name is not None):
         raise UserError("pipeline: either --cluster NAME or --local is expected")
     name, cluster = find_cluster(cluster_name) if cluster_name else ("", ClusterConfig(cpus_per_node=1))
     stages = read_pipeline(file, cluster)
+    if dry_run:
+        print("\n".join(would_run(stages) if local else would_submit(stages, cluster)))
+        return 0
     if local:
         return run_here(stages)
     for stage, what in submit_pipeline(stages, name, cluster):

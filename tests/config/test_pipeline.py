@@ -39,6 +39,27 @@ stages:
         ("{a: {run: x, after: [b]}, b: {run: x, after: [a]}}", "stages: a, b wait for each other"),
         ("{a: {run: x}, b: {evaluate: a, data: [y]}, c: {run: x, teacher: b}}", "stages.c: b trains no model"),
         ("{}", "stages: at least one is expected"),
+        ("{a: {run: x, generation: {greedy: true}}}", "stages.a.generation: has no effect beside run"),
+        ("{a: {run: x, bos: true}}", "stages.a.bos: has no effect beside run"),
+        ("{a: {run: x}, b: {evaluate: a, data: [y], teacher: a}}", "stages.b.teacher: has no effect beside evaluate"),
+        ("{a: {run: x}, b: {evaluate: a, data: [y], bos: 1}}", "stages.b.bos: true or false is expected, got 1"),
+        ("{a: {run: x}, b: {evaluate: a, data: [y], precision: fp16}}", "stages.b.precision: unknown value 'fp16'; "),
+        ("{a: {run: x}, b: {evaluate: a, data: [y], processes: 0}}", "stages.b.processes: must be above 0, got 0"),
+        ("{a: {run: x}, b: {evaluate: a, data: [y], hours: 0}}", "stages.b.hours: must be above 0, got 0"),
+        ("{a: {run: x}, b: {evaluate: a, data: [y], seeds: []}}", "stages.b.seeds: different whole numbers from 0 to "),
+        ("{a: {run: x}, b: {evaluate: a, data: [y], seeds: [1, 1]}}", "stages.b.seeds: different whole numbers from 0"),
+        (
+            "{a: {run: x}, b: {evaluate: a, data: [y], generation: {temperature: 0}}}",
+            "stages.b.generation.temperature: must be above 0, got 0",
+        ),
+        (
+            "{a: {run: x}, b: {evaluate: a, data: [y], generation: {tempratur: 2}}}",
+            "stages.b.generation.tempratur: unknown key; allowed: ",
+        ),
+        (
+            "{a: {run: x}, b: {evaluate: a, data: [y], options: [--tempratur, '2']}}",
+            "stages.b.options: are settings now: generation (greedy, temperature, ",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, stages, expected):

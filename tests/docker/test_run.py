@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dskd.config.cluster import ClusterConfig, ContainerConfig
+from dskd.config.load import load_run
+from dskd.launch.request import train_request
+
 RUN = Path(__file__).resolve().parents[2] / "docker" / "run"
 
 
@@ -90,6 +94,28 @@ def test_evaluation_gets_its_model_writable_and_its_records(tiny, tmp_path):
 def test_evaluation_of_an_adapter_gets_the_model_that_it_belongs_to(tiny, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny("llama"))}))
     assert (tiny("llama"), "readonly") in mounts(composed("evaluate", tmp_path, "--data=none.jsonl"))
+
+
+def test_evaluation_of_a_model_whose_files_are_links_gets_what_they_point_to(tiny, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny("llama").iterdir():
+        (model / file.name).symlink_to(file)
+    assert mounts(composed("evaluate", model, "--data=none.jsonl")) == {(model, ""), (tiny("llama"), "readonly")}
+
+
+def test_an_adapter_whose_base_is_gone_is_told_in_one_line(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/none"}')
+    done = subprocess.run([sys.executable, RUN, "evaluate", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"docker/run: {tmp_path}/adapter_config.json: the adapter's base model is not at /none\n"
+
+
+def test_a_submitted_container_is_shown_the_same_but_for_the_run_files(make_run, tiny, tmp_path):
+    file = make_run(tmp_path, checkpoint={"scratch_dir": str(tmp_path / "scratch")})
+    cluster = ClusterConfig(container=ContainerConfig("docker", "image"))
+    submitted = mounts(list(train_request(load_run(file), cluster).command))
+    assert submitted == mounts(composed("train", file)) - {(file, "readonly")}
 
 
 @pytest.mark.parametrize(

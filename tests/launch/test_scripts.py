@@ -11,9 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from dskd.config.cluster import ClusterConfig, ContainerConfig
+from dskd.config.cluster import ClusterConfig
+from dskd.config.data import DataConfig
 from dskd.config.load import load
-from dskd.launch.container import all_mounts, rank_command
+from dskd.config.methods import DskdCmaConfig
+from dskd.config.models import StudentConfig, TeacherConfig
+from dskd.config.run import OutputConfig, RunConfig
+from dskd.config.training import CheckpointConfig
+from dskd.launch.container import rank_command
+from dskd.launch.mounts import run_mounts
 from dskd.launch.request import Request
 from dskd.launch.submit import batch_executor
 
@@ -21,7 +27,23 @@ ROOT = Path(__file__).resolve().parents[2]
 PROFILES = sorted((ROOT / "slurm/clusters").glob("*.yaml"))
 GOLDEN = ROOT / "tests/golden/scripts"
 RUN = Path("/project/outputs/gpt2-base/dskd_cma/default")
-READ = [Path("/project/models/gpt2-base"), Path("/project/models/qwen1.5-1.8b"), Path("/data/dolly")]
+
+
+@pytest.fixture(autouse=True)
+def user_1000(monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    monkeypatch.setattr(os, "getgid", lambda: 1000)
+
+
+def run_on(cluster: ClusterConfig) -> RunConfig:
+    return RunConfig(
+        student=StudentConfig(Path("/project/models/gpt2-base")),
+        teacher=TeacherConfig(Path("/project/models/qwen1.5-1.8b")),
+        data=DataConfig(Path("/data/dolly/train.jsonl"), Path("/data/dolly/dev.jsonl")),
+        method=DskdCmaConfig(),
+        checkpoint=CheckpointConfig(scratch_dir=cluster.scratch),
+        output=OutputConfig(Path("/project/outputs")),
+    )
 
 
 def requests(cluster: ClusterConfig, count: int) -> list[Request]:
@@ -29,7 +51,7 @@ def requests(cluster: ClusterConfig, count: int) -> list[Request]:
     for i in range(count):
         directory = RUN.with_name(f"seed{i}") if count > 1 else RUN
         arguments = ("train", str(directory / "job/run.yaml"))
-        command = rank_command(cluster, arguments, READ, [Path("/project/outputs")], "1000:1000")
+        command = rank_command(cluster, arguments, run_mounts(run_on(cluster)))
         found.append(Request(directory, directory.name, command, 2, cluster.gpus_per_node or 1, cluster.hours))
     return found
 
@@ -74,12 +96,3 @@ def test_a_run_gets_its_share_of_a_node():
     lines = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", script))
     assert (lines["gpus-per-node"], lines["ntasks-per-node"], lines["cpus-per-task"]) == ("2", "2", "8")
     assert lines["mem"] == f"{100 * 1024}M"
-
-
-def test_folders_that_a_mount_shows_already_are_not_mounted_again():
-    container = ContainerConfig("docker", "image", mounts=("/project", "/host:/data/dolly:ro"))
-    assert all_mounts(container, READ, [Path("/project/outputs")]) == ["/project:/project", "/host:/data/dolly:ro"]
-    assert all_mounts(ContainerConfig("docker", "image"), [Path("/a/b"), Path("/a/b/c")], [Path("/a/b/out")]) == [
-        "/a/b:/a/b:ro",
-        "/a/b/out:/a/b/out",
-    ]

@@ -97,7 +97,7 @@ def test_what_cannot_work_is_told_before_the_queue_tells_it(run, arguments, expe
     [
         ("partitoin: x", "partitoin: unknown key; allowed: "),
         ("hours: soon", "hours: a number is expected, got 'soon'"),
-        ("environment: {A: 1}", "environment.A: text is expected, got 1"),
+        ("environment: {A: 1}", "environment.A: text is expected"),
         ("container: {runtime: dokcer}", "container.runtime: unknown value 'dokcer'; allowed: "),
         ("container: {runtime: docker}", "container.image: is missing; runtime docker needs one"),
         ("container: {image: x}", "container.image: has no effect with runtime none"),

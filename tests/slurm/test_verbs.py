@@ -83,7 +83,8 @@ stages:
     evaluate: student
     data: [{root}/dev.jsonl, {root}/train.jsonl]
     seeds: [1, 2]
-    options: [--precision, fp32, --max-length, "64", --max-prompt-length, "32"]
+    precision: fp32
+    generation: {{max_length: 64, max_prompt_length: 32}}
     parallel: 2
   student:
     run: run.yaml

@@ -1,16 +1,18 @@
 """What the tests on a Slurm cluster do as a user does it, and how they look at the outcome."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dskd.launch.ranks import rank_environment
 from dskd.launch.status import Status, statuses
 from dskd.rundir.jobs import Jobs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 UP, DOWN = ROOT / "slurm/local/up", ROOT / "slurm/local/down"
 LOCAL = ROOT / "slurm/clusters/local.yaml"
 
@@ -23,7 +25,8 @@ def bring_up(folder: Path, *options: str) -> None:
 def dskd(*arguments: object, code: int = 0) -> str:
     """The command as a user types it: its output, or with code 2 the one line on stderr."""
     command = [sys.executable, "-m", "dskd", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    clean = {k: v for k, v in os.environ.items() if k not in rank_environment(0, 1, 0)}  # of the tests' own process
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr.strip()
 

@@ -33,6 +33,7 @@ srun --unbuffered --output /project/outputs/gpt2-base/dskd_cma/default/job/submi
 PYTHON -m dskd.launch.batch finish /project/outputs/gpt2-base/dskd_cma/default/job/submitit $?
 exit
 # each rank runs
-sh -c 'for name in RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_SOCKET_IFNAME NCCL_DEBUG; do value=$(printenv "$name") && export "APPTAINERENV_$name=$value"; done
-exec apptainer exec --cleanenv --no-home "$@"
-' apptainer --nv --bind=/data/dolly:/data/dolly:ro --bind=/project/models/gpt2-base:/project/models/gpt2-base:ro --bind=/project/models/qwen1.5-1.8b:/project/models/qwen1.5-1.8b:ro --bind=/project/outputs:/project/outputs --bind=/tmp:/tmp /project/images/dskd.sif dskd train /project/outputs/gpt2-base/dskd_cma/default/job/run.yaml
+sh -c 'mkdir -p /project/outputs /tmp || exit
+for name in RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT DSKD_SECRET OMP_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_SOCKET_IFNAME NCCL_DEBUG; do value=$(printenv "$name") && export "APPTAINERENV_$name=$value"; done
+exec apptainer exec --cleanenv --no-home --no-mount=home,cwd "$@"
+' dskd --nv --bind=/data/dolly/dev.jsonl:/data/dolly/dev.jsonl:ro --bind=/data/dolly/train.jsonl:/data/dolly/train.jsonl:ro --bind=/project/models/gpt2-base:/project/models/gpt2-base:ro --bind=/project/models/qwen1.5-1.8b:/project/models/qwen1.5-1.8b:ro --bind=/project/outputs:/project/outputs --bind=/tmp:/tmp /project/images/dskd.sif dskd train /project/outputs/gpt2-base/dskd_cma/default/job/run.yaml

@@ -1,0 +1,219 @@
+"""Pipelines before they are submitted: what a stage asks of `dskd evaluate`, mistakes, and dry runs as typed."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from dskd.cli import app
+from dskd.config.cluster import ClusterConfig, ContainerConfig
+from dskd.config.errors import UserError
+from dskd.config.pipeline import StageConfig
+from dskd.config.training import GenerationConfig
+from dskd.launch.pipeline import read_pipeline
+from dskd.launch.request import evaluation_options
+
+HERE = ClusterConfig()
+
+
+@pytest.fixture(scope="module")
+def folder(make_run, tmp_path_factory):
+    """With run.yaml, and records in dev.jsonl and train.jsonl."""
+    return make_run(tmp_path_factory.mktemp("pipeline"), method={"kind": "sft"}, teacher=None).parent
+
+
+@pytest.fixture
+def write(folder):
+    def write_file(stages: dict[str, object]) -> Path:
+        file = folder / "pipeline.yaml"
+        file.write_text(json.dumps({"stages": stages}, ensure_ascii=False), encoding="utf-8")
+        return file
+
+    return write_file
+
+
+def typed(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`dskd pipeline ARGUMENTS` on a machine without Slurm."""
+    command = [sys.executable, "-m", "dskd", "pipeline", *map(str, arguments)]
+    environment = os.environ | {"PATH": "/nowhere"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+def everything_in(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.name != "pipeline.yaml"}
+
+
+# What a stage asks of `dskd evaluate`
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ({}, {"precision": "bf16", "temperature": 1.0, "greedy": False, "bos": False, "processes": None}),
+        ({"precision": "fp32", "bos": True, "processes": 3}, {"precision": "fp32", "bos": True, "processes": 3}),
+        ({"generation": GenerationConfig(greedy=True, batch_size=5)}, {"greedy": True, "batch_size": 5}),
+        ({"generation": GenerationConfig(False, 1e-5, 0.25, 64, 32)}, {"temperature": 1e-5, "top_p": 0.25}),
+        ({"generation": GenerationConfig(False, 1.0, 1.0, 64, 32)}, {"max_length": 64, "max_prompt_length": 32}),
+    ],
+)
+def test_the_command_line_of_an_evaluation_says_what_its_stage_says(stage, expected):
+    """Read back by the command line's own parser."""
+    options = evaluation_options(StageConfig(evaluate="x", data=("y",), **stage))
+    verb = typer.main.get_command(app).commands["evaluate"]
+    found = verb.make_context("evaluate", ["MODEL", "--data", "FILE", *options]).params
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_each_setting_of_an_evaluation_is_said_even_where_it_is_the_default():
+    options = evaluation_options(StageConfig(evaluate="x", data=("y",)))
+    said = {option.partition("=")[0].removeprefix("--").replace("-", "_") for option in options}
+    assert said == {field.name for field in fields(GenerationConfig)} - {"greedy"} | {"precision"}
+
+
+def test_an_evaluation_on_several_processes_gets_as_many_tasks(folder, write):
+    stages = {
+        "student": {"run": "run.yaml"},
+        "scores": {"evaluate": "student", "data": [f"{folder}/dev.jsonl"], "seeds": [1], "processes": 2},
+    }
+    _, scores = read_pipeline(write(stages), ClusterConfig(gpus_per_node=2))
+    assert [request.tasks_per_node for request in scores.requests] == [2]
+    with pytest.raises(UserError, match=r"^processes: 2 is more than the 1 GPUs of a node"):
+        read_pipeline(write(stages), ClusterConfig(gpus_per_node=1))
+
+
+# Models of other stages
+
+
+def containers(**keys: object) -> ClusterConfig:
+    return ClusterConfig(container=ContainerConfig("docker", "image"), **keys)
+
+
+def test_the_evaluation_of_an_adapter_that_is_not_trained_yet_sees_its_base_model(folder, write, tiny):
+    stages = {
+        "first": {"run": "run.yaml"},
+        "second": {"run": "run.yaml", "student": "first", "settings": ["student.lora.rank=2"]},
+        "scores": {"evaluate": "second", "data": [f"{folder}/dev.jsonl"], "seeds": [1]},
+    }
+    first, second, scores = read_pipeline(write(stages), containers())
+    base = f"type=bind,source={first.best},target={first.best},readonly"
+    assert f"--mount={base}" in scores.requests[0].command
+    stages["second"]["settings"] = []
+    scores = read_pipeline(write(stages), containers())[-1]
+    assert f"--mount={base}" not in scores.requests[0].command
+    assert f"--mount={base.replace(str(first.best), str(second.best))}" in scores.requests[0].command
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_an_adapter_is_no_model_that_another_stage_can_take(write, role):
+    stages = {"a": {"run": "run.yaml", "settings": ["student.lora={}"]}, "b": {"run": "run.yaml", role: "a"}}
+    with pytest.raises(UserError, match=rf"stages\.b\.{role}: a trains a LoRA adapter, and a whole model is expected"):
+        read_pipeline(write(stages), HERE)
+
+
+@pytest.mark.parametrize("name", ["10", "true", "a: b", "[x]", "ü😀", "a #b"])
+def test_any_name_of_a_stage_is_the_name_of_its_run(write, name):
+    train, distil = read_pipeline(
+        write({name: {"run": "run.yaml"}, "next": {"run": "run.yaml", "student": name}}), HERE
+    )
+    assert train.requests[0].directory.name == name
+    assert distil.run.student.path == train.best
+
+
+def test_two_jobs_that_would_write_to_one_folder_are_told(folder, write, tmp_path):
+    (tmp_path / "dev.jsonl").touch()
+    train = {"run": "run.yaml"}
+    evaluation = {"evaluate": "a", "data": [f"{folder}/dev.jsonl"]}
+    twins = {"evaluate": "a", "data": [f"{folder}/dev.jsonl", f"{tmp_path}/dev.jsonl"]}
+    for stages, both in (
+        ({"a": train, "b": evaluation, "c": evaluation | {"generation": {"greedy": True}}}, "b and c"),
+        ({"a": train, "b": twins}, "b"),
+        ({"a": train, "b": train | {"settings": ["output.name=a"]}}, "a and b"),
+    ):
+        with pytest.raises(UserError, match=f"pipeline.yaml: stages: two jobs of {both} would write to "):
+            read_pipeline(write(stages), HERE)
+
+
+# Dry runs
+
+
+def test_a_dry_run_shows_each_stage_with_what_it_waits_for_and_one_script_and_writes_nothing(folder, write):
+    before = everything_in(folder)
+    stages = {
+        "student": {"run": "run.yaml", "settings": ["train.max_steps=2"]},
+        "scores": {"evaluate": "student", "data": [f"{folder}/dev.jsonl"], "seeds": [1, 2], "parallel": 1},
+    }
+    done = typed(write(stages), "--cluster", "local", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    outputs = f"{folder}/outputs/llama-pieces-untied/sft/student"
+    assert done.stdout.count("#!/bin/bash\n") == 2
+    student, scores = done.stdout.split("# stage scores: ")
+    assert student.startswith(f"# stage student: 1 job\n# {outputs}: each rank runs\n")
+    assert "--dependency" not in student
+    assert scores.startswith("2 jobs, after student\n")
+    assert "#SBATCH --dependency=afterok:student\n" in scores
+    assert "#SBATCH --array=0-1%1\n" in scores
+    for seed in (1, 2):
+        assert f"# {outputs}/eval/dev/seed{seed}: each rank runs\n" in scores
+        assert f" evaluate {outputs}/best --data {folder}/dev.jsonl --seeds {seed} " in scores
+    assert everything_in(folder) == before
+
+
+def test_a_dry_run_leaves_out_what_is_complete(folder, write):
+    stages = {
+        "done": {"run": "run.yaml"},
+        "scores": {"evaluate": "done", "data": [f"{folder}/dev.jsonl"], "seeds": [1, 2]},
+    }
+    train, scores = read_pipeline(write(stages), HERE)
+    state = train.requests[0].directory / "resume" / "step5"
+    state.mkdir(parents=True)
+    about = {"format": 1, "world_size": 1, "step": 5, "finished": True}
+    (state / "state.json").write_text(json.dumps(about))
+    (state.parent / "LATEST").write_text("step5\n")
+    results = scores.requests[0].directory
+    results.mkdir(parents=True)
+    (results / "results.json").write_text('{"rougel": {"mean": 1.0}}')
+    done = typed(write(stages), "--cluster", "local", "--dry-run")
+    trained, evaluated, directory = done.stdout.splitlines()[:3]
+    assert trained == "# stage done: 1 of 1 complete already"
+    assert evaluated == "# stage scores: 1 job, 1 of 2 complete already"
+    assert directory == f"# {results.parent}/seed2: each rank runs"
+    assert "--dependency" not in done.stdout
+
+
+def test_a_dry_run_here_shows_the_commands_that_would_run(folder, write):
+    before = everything_in(folder)
+    evaluation = {"precision": "fp32", "generation": {"greedy": True, "max_length": 64, "max_prompt_length": 32}}
+    stages = {
+        "taught": {"run": "run.yaml"},
+        "scores": {"evaluate": "taught", "data": [f"{folder}/dev.jsonl"], "seeds": [3], **evaluation},
+    }
+    done = typed(write(stages), "--local", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    outputs = f"{folder}/outputs/llama-pieces-untied/sft/taught"
+    train, command, scores, evaluate = done.stdout.splitlines()
+    assert train == f"# stage taught: {outputs}"
+    assert shlex.split(command) == [sys.executable, "-m", "dskd", "train", f"{outputs}/job/run.yaml"]
+    assert scores == f"# stage scores: {outputs}/eval/dev/seed3"
+    words = shlex.split(evaluate)
+    assert words[:5] == [sys.executable, "-m", "dskd", "evaluate", f"{outputs}/best"]
+    assert {"--greedy", "--precision=fp32", "--max-length=64", "--max-prompt-length=32"} <= set(words)
+    assert everything_in(folder) == before
+
+
+def test_a_wrong_setting_is_told_before_anything_is_submitted(folder, write):
+    stages = {
+        "student": {"run": "run.yaml"},
+        "scores": {"evaluate": "student", "data": [f"{folder}/dev.jsonl"], "generation": {"tempratur": 2}},
+    }
+    for how in (["--local"], ["--cluster", "local"], ["--cluster", "local", "--dry-run"]):
+        done = typed(write(stages), *how)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert "stages.scores.generation.tempratur: unknown key; allowed: " in line
+        assert line.endswith("nearest: temperature")
