@@ -1,6 +1,5 @@
 """What stands before the first step: data, models and method, checked, around one DeepSpeed engine."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from dskd.config.run import RunConfig, accumulation_steps
 from dskd.data.alignment import aligner
 from dskd.data.batch import Batch
 from dskd.data.loader import Collator, Plan
-from dskd.data.records import Record, read_records
+from dskd.data.records import Records, read_records
 from dskd.data.tokenization import Limits, check_tokenizer
 from dskd.data.vocabulary_map import exact_ids, load_or_build
 from dskd.engine.distributed import Ranks
@@ -33,6 +32,7 @@ from dskd.losses.sft import Sft
 from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
 from dskd.models.load import load_projectors, load_student, load_tokenizer
 from dskd.models.views import ModelBody, ModelEnds, ModelView, check_view, check_vocabulary, response_tokens
+from dskd.rundir.files import as_user_error
 from dskd.rundir.read import Schedule
 from dskd.teachers.resident import load_resident
 from dskd.teachers.teacher import Teacher
@@ -127,12 +127,11 @@ def schedule_of(run: RunConfig, plan: Plan) -> Schedule:
     return Schedule(min(steps, run.train.max_steps or steps), plan.steps_per_epoch)
 
 
-def plan_of(run: RunConfig, records: Sequence[Record]) -> Plan:
+def plan_of(run: RunConfig, records: Records) -> Plan:
     size = run.train.global_batch_size
     if len(records) < size:
         raise UserError(f"train.global_batch_size: {size} is more than the {len(records)} records of {run.data.train}")
-    sizes = tuple(len(record.prompt) + len(record.outputs[0]) for record in records)
-    return Plan(sizes, run.train.seed, size, run.train.micro_batch_size)
+    return Plan(records.sizes, run.train.seed, size, run.train.micro_batch_size)
 
 
 def refuse_other_vocabulary(method: MethodConfig) -> None:
@@ -156,7 +155,7 @@ def aligned_vocabulary(run: RunConfig, teacher: Any, student: Any, ranks: Ranks)
     folder = run.data.cache_dir or run.output.root / "cache"
     for turn in (True, False):  # the main rank makes it, the others read it
         if ranks.is_main is turn:
-            with progress_bar("vocabulary map") as progress:
+            with progress_bar("vocabulary map") as progress, as_user_error(folder, "data.cache_dir"):
                 found = load_or_build(folder, teacher, student, progress)
         ranks.barrier()
     return torch.from_numpy(found.student_ids.astype(np.int64))

@@ -67,8 +67,9 @@ def answer_all(
             texts = generate(model, tokenizer, [prompts[i] for i in batches[batch]], settings, ranks)
             if own:
                 for i, text in zip(batches[batch], texts, strict=True):
-                    scores = score(text, records[i].outputs, scorer)
-                    found.append(Answer(i, seed, records[i].prompt, text, records[i].outputs, *scores))
+                    record = records[i]
+                    scores = score(text, record.outputs, scorer)
+                    found.append(Answer(i, seed, record.prompt, text, record.outputs, *scores))
     ranks.stop_if_asked()  # what the last round generated may be cut short
     model.train(training)
     gathered = ranks.gather([asdict(answer) for answer in found])
@@ -124,7 +125,7 @@ def evaluate(
     results = {"checkpoint": str(checkpoint), "data": str(data), "records": len(records), "seeds": used}
     results |= {"generation": asdict(settings)} | summary([mean_scores(answers) for answers in by_seed])
     if ranks.is_main:
-        with as_user_error(output):
+        with as_user_error(output, "--output"):
             output.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(asdict(answer), ensure_ascii=False) for answers in by_seed for answer in answers]
             write_text(output / ANSWERS, "\n".join(lines) + "\n")

@@ -3,47 +3,48 @@
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from dskd.config.run import RunConfig, accumulation_steps, check_paths
+from dskd.config.run import RunConfig, accumulation_steps, check_folders, check_paths
 from dskd.config.stopping import UNFINISHED
-
-if TYPE_CHECKING:
-    from dskd.engine.preemption import Flags
 
 
 def start_training(run: RunConfig, force: bool) -> None:
     """Train on as many ranks as the run wants, or as the one rank that this process is."""
-    from dskd.engine import watchdog
-    from dskd.engine.preemption import Phase, watch_signals
+    from dskd.data.records import check_records
 
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin cost a factor of ten beside other work
     check_paths(run)
+    check_folders(run)
+    check_records(run.data.train)
+    check_records(run.data.dev)
     if "RANK" not in os.environ:
         processes = run.launch.processes or gpus()
         accumulation_steps(run, processes)
         start_ranks(processes)
-    flags = watch_signals()
-    watchdog.show_stacks_on_request()
-    limits: dict[Phase, float] = {
-        "start": run.train.start_minutes,
-        "step": run.train.stall_minutes,
-        "save": run.train.save_minutes,
-    }
-    with watchdog.watchdog(flags, limits):
-        train_as_rank(run, flags, force)
+    train_as_rank(run, force)
 
 
-def train_as_rank(run: RunConfig, flags: "Flags", force: bool) -> None:
+def train_as_rank(run: RunConfig, force: bool) -> None:
     """Train in this process; a stop that was asked for, and what another start mends, end it with `UNFINISHED`."""
     from dskd.engine import watchdog
-    from dskd.engine.preemption import Stopped
+    from dskd.engine.preemption import Phase, Stopped, watch_signals
 
+    times = run.train
+    limits: dict[Phase, float] = {
+        "start": times.start_minutes,
+        "step": times.stall_minutes,
+        "save": times.save_minutes,
+    }
     try:
-        from dskd.engine import distributed
-        from dskd.train import train
+        flags = watch_signals()  # from here on a stop may come between any two lines
+        watchdog.show_stacks_on_request()
+        with watchdog.watchdog(flags, limits):
+            from dskd.engine import distributed
+            from dskd.train import train
 
-        train(run, distributed.start(flags), force)
+            train(run, distributed.start(flags), force)
+            distributed.stop()
     except Stopped:
         if os.environ["RANK"] == "0":
             print(f"dskd: stopped as asked; go on with: dskd resume {run.directory}", file=sys.stderr)
@@ -53,7 +54,6 @@ def train_as_rank(run: RunConfig, flags: "Flags", force: bool) -> None:
         if reason is None:
             raise
         watchdog.end_here(reason)
-    distributed.stop()
 
 
 def gpus() -> int:

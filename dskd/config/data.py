@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dskd.config.errors import require
+from dskd.config.errors import MOST, require, require_at_most
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,5 @@ class DataConfig:
             f"must be below max_length ({self.max_length}) so that a response fits, got {self.max_prompt_length}",
         )
         require(self.workers >= 0, "workers", f"must not be negative, got {self.workers}")
+        require_at_most(self, MOST, "max_length")
+        require_at_most(self, 256, "workers")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dskd.config.errors import require
+from dskd.config.errors import MOST, require, require_at_most
 
 
 @dataclass(frozen=True)
@@ -29,3 +29,6 @@ class EngineConfig:
         )
         require(self.offload != "all" or self.zero_stage == 3, "offload", "all needs zero_stage 3")
         require(self.loss_memory_mb > 0, "loss_memory_mb", f"must be above 0, got {self.loss_memory_mb}")
+        least = self.persistence_threshold
+        require(least >= 0, "persistence_threshold", f"must not be negative, got {least}")
+        require_at_most(self, MOST, "loss_memory_mb", "persistence_threshold")

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-from dskd.config.errors import require
+from dskd.config.errors import require, require_at_most
+
+MOST_HOURS = 24 * 366
+"""Of one start: a year."""
 
 
 @dataclass(frozen=True)
@@ -18,3 +21,6 @@ class LaunchConfig:
         require(self.processes is None or self.processes > 0, "processes", f"must be above 0, got {self.processes}")
         require(self.nodes > 0, "nodes", f"must be above 0, got {self.nodes}")
         require(self.hours is None or self.hours > 0, "hours", f"must be above 0, got {self.hours}")
+        require_at_most(self, 1024, "processes")
+        require_at_most(self, 100_000, "nodes")
+        require_at_most(self, MOST_HOURS, "hours")

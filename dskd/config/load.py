@@ -3,7 +3,9 @@
 import difflib
 import io
 import math
+import os
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -17,13 +19,15 @@ from cattrs.errors import (
     IterableValidationNote,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
 
-from dskd.config.errors import UserError
+from dskd.config.errors import LAST_SEED, UserError, shown
 from dskd.config.methods import MethodConfig
 from dskd.config.run import RunConfig
 
 COMMAND_LINE = "command line"
+BYTES, NODES, DEPTH, FILES = 1_000_000, 20_000, 32, 32
+"""Limits of a YAML file: its size, its values once aliases are followed, their depth, and the files that it extends."""
 T = TypeVar("T")
 
 
@@ -57,12 +61,14 @@ def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def read_layers(file: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """The nested values of a YAML file over those it extends, and for each dotted key the file that set it."""
-    if file.resolve() in [earlier.resolve() for earlier in seen]:
+    if os.path.realpath(file) in map(os.path.realpath, seen):
         raise UserError(f"{file}: extends: goes in a circle ({' -> '.join(map(str, (*seen, file)))})")
+    if len(seen) > FILES:
+        raise UserError(f"{file}: extends: at most {FILES} files over each other are allowed")
     values = read_yaml(file)
     parent = values.pop("extends", None)
-    if parent is not None and not isinstance(parent, str):
-        raise UserError(f"{file}: extends: one file name is expected, got {parent!r}")
+    if parent is not None and not (isinstance(parent, str) and all(map(is_plain, parent))):
+        raise UserError(f"{file}: extends: one file name is expected, got {shown(parent)}")
     base, origins = read_layers(file.parent / parent, (*seen, file)) if parent else ({}, {})
     merge(base, values, str(file), origins)
     return base, origins
@@ -70,14 +76,50 @@ def read_layers(file: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
 
 def read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = YAML(typ="safe", pure=True).load(file)
+        with file.open("rb") as text:
+            values = parse_yaml(text.read(BYTES + 1))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: a mapping of keys to values is expected")
     return text_keys(values)
+
+
+def parse_yaml(text: bytes | str) -> Any:
+    """What a YAML text holds. Raises `ValueError` where it is broken, or larger than a file of settings can be."""
+    if len(text) > BYTES:
+        raise ValueError(f"more than {BYTES} bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of anchors that are used twice, in several lines
+        try:
+            events = iter(YAML(typ="safe", pure=True).parse(text))
+            for event in events:
+                size_of(event, events, {})
+            return YAML(typ="safe", pure=True).load(text)
+        except Exception as error:  # a number, date or key that Python refuses comes as whatever Python raised
+            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def size_of(event: Any, events: Iterator[Any], anchors: dict[str, tuple[int, int]], level: int = 0) -> tuple[int, int]:
+    """Number and depth of the values that begin with `event`, with what aliases stand for counted as often as used."""
+    if isinstance(event, AliasEvent):
+        if event.anchor not in anchors:
+            raise ValueError(f"*{event.anchor} stands for nothing, or for what it is a part of")
+        return anchors[event.anchor]
+    nodes = depth = int(isinstance(event, NodeEvent))
+    if isinstance(event, CollectionStartEvent) and level < DEPTH:
+        while not isinstance(inner := next(events), CollectionEndEvent):
+            more, deep = size_of(inner, events, anchors, level + 1)
+            nodes, depth = nodes + more, max(depth, deep + 1)
+            if nodes > NODES:
+                break
+    if nodes > NODES or level + depth > DEPTH:
+        raise ValueError(f"more than {NODES} values, or values in more than {DEPTH} others")
+    if getattr(event, "anchor", None):
+        anchors[event.anchor] = nodes, depth
+    return nodes, depth
 
 
 def text_keys(values: dict[Any, Any]) -> dict[str, Any]:
@@ -90,10 +132,12 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"{COMMAND_LINE}: {text!r}: key=value is expected, for example train.lr=1e-4")
+    if key.count(".") > DEPTH:
+        raise UserError(f"{COMMAND_LINE}: {key}: a key of at most {DEPTH} parts is expected")
     try:
-        return key, YAML(typ="safe", pure=True).load(value)
-    except YAMLError:
-        raise UserError(f"{COMMAND_LINE}: {key}: {value!r} is not a YAML value") from None
+        return key, parse_yaml(value)
+    except ValueError:
+        raise UserError(f"{COMMAND_LINE}: {key}: {shown(value)} is not a YAML value") from None
 
 
 def nest(key: str, value: Any) -> dict[str, Any]:
@@ -129,6 +173,8 @@ def structure(values: dict[str, Any], origins: Mapping[str, str], file: str, kin
         return converter().structure(values, kind)
     except (BaseValidationError, UserError) as error:
         key, problem = next(problems(error))
+        if "environment" in key[:-1]:
+            problem = problem.partition(", got ")[0]  # the value of an environment variable may be a secret
         full = [key[:end] for end in range(len(key), 0, -1)]
         origin = next((origins[".".join(part)] for part in full if ".".join(part) in origins), file)
         raise UserError(f"{origin}: {'.'.join(key)}: {problem}" if key else f"{origin}: {problem}") from None
@@ -177,7 +223,7 @@ def converter() -> Converter:
         (str, (str,), "text"),
     ):
         strict.register_structure_hook(kind, exactly(kind, accepted, name))
-    strict.register_structure_hook(Path, lambda value, _: Path(exactly(str, (str,), "a path")(value, str)).absolute())
+    strict.register_structure_hook(Path, path)
     strict.register_structure_hook_func(lambda t: origin_is(t, Literal), literal)
     strict.register_structure_hook_func(
         lambda t: origin_is(t, tuple),
@@ -195,14 +241,23 @@ def origin_is(kind: Any, origin: Any) -> bool:
 def exactly(kind: type, accepted: tuple[type, ...], name: str) -> Any:
     def hook(value: Any, _: type) -> Any:
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise TypeError(f"{name} is expected, got {value!r}")
+            raise TypeError(f"{name} is expected, got {shown(value)}")
         if isinstance(value, str) and not all(map(is_plain, value)):
-            raise ValueError(f"{name} without line breaks and control characters is expected, got {value!r}")
+            raise ValueError(f"{name} without line breaks and control characters is expected, got {shown(value)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is expected, got {value}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} of at most 64 bits is expected, got {shown(value)}")
         return kind(value)
 
     return hook
+
+
+def path(value: Any, _: type) -> Path:
+    found = Path(exactly(str, (str,), "a path")(value, str)).absolute()
+    if len(os.fsencode(found)) > 1024 or any(len(os.fsencode(part)) > 255 for part in found.parts):
+        raise ValueError(f"a path of at most 1024 bytes, 255 for each name, is expected, got {shown(value)}")
+    return found
 
 
 def is_plain(character: str) -> bool:
@@ -213,13 +268,13 @@ def is_plain(character: str) -> bool:
 def literal(value: Any, kind: Any) -> Any:
     allowed = get_args(kind)
     if not any(value == choice and type(value) is type(choice) for choice in allowed):
-        raise ValueError(unknown(f"value {value!r}", str(value), allowed))
+        raise ValueError(unknown(f"value {shown(value)}", shown(value), allowed))
     return value
 
 
 def listed(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"a list is expected, got {value!r}")
+        raise TypeError(f"a list is expected, got {shown(value)}")
     return value
 
 
@@ -228,7 +283,7 @@ def mapping(strict: Converter) -> Any:
 
     def hook(value: Any, kind: type) -> Any:
         if not isinstance(value, dict):
-            raise TypeError(f"a section with keys is expected, got {value!r}")
+            raise TypeError(f"a section with keys is expected, got {shown(value)}")
         return strict.gen_structure_attrs_fromdict(kind)(value, kind)
 
     return hook
@@ -236,11 +291,11 @@ def mapping(strict: Converter) -> Any:
 
 def method(strict: Converter, value: Any) -> MethodConfig:
     if not isinstance(value, dict):
-        raise TypeError(f"a section with keys is expected, got {value!r}")
+        raise TypeError(f"a section with keys is expected, got {shown(value)}")
     kind = value.get("kind")
     kinds = MethodConfig.kinds
     if not isinstance(kind, str) or kind not in kinds:
-        raise UserError(f"kind: {unknown(f'method {kind!r}', str(kind), sorted(kinds))}")
+        raise UserError(f"kind: {unknown(f'method {shown(kind)}', shown(kind), sorted(kinds))}")
     chosen: MethodConfig = strict.structure({k: v for k, v in value.items() if k != "kind"}, kinds[kind])
     return chosen
 
@@ -273,6 +328,6 @@ def parse_seeds(text: str) -> list[int]:
         seeds = [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         seeds = []
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds: different whole numbers are expected, got {text!r}")
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed <= LAST_SEED for seed in seeds):
+        raise UserError(f"--seeds: different whole numbers are expected, 0 to {LAST_SEED}, got {shown(text)}")
     return seeds

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dskd.config.errors import require
+from dskd.config.errors import MOST, require, require_at_most
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.rank > 0, "rank", f"must be above 0, got {self.rank}")
+        require_at_most(self, MOST, "rank", "alpha")
         require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
 
 

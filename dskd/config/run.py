@@ -1,12 +1,15 @@
 """The whole run file, and the checks that look at more than one area."""
 
-from collections.abc import Collection
+import json
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dskd.config.data import DataConfig
 from dskd.config.engine import EngineConfig
-from dskd.config.errors import UserError, require
+from dskd.config.errors import UserError, require, shown
 from dskd.config.launch import LaunchConfig
 from dskd.config.methods import DualSpaceConfig, MethodConfig
 from dskd.config.models import StudentConfig, TeacherConfig
@@ -14,6 +17,8 @@ from dskd.config.training import CheckpointConfig, EvalConfig, TrainConfig
 
 BEST = "best"
 """In a run directory, the link to its best model."""
+LONGEST_NAME = 200
+"""Bytes of a run's name: file systems take 255, and files that are on their way have longer ones."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,9 @@ class OutputConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", self.root.absolute())  # like every path of a run file, the default included
         require(
-            self.name not in ("", ".", "..") and "/" not in self.name,
+            self.name not in ("", ".", "..") and "/" not in self.name and len(os.fsencode(self.name)) <= LONGEST_NAME,
             "name",
-            f"must be a folder name, got {self.name!r}",
+            f"must be a folder name of at most {LONGEST_NAME} bytes, got {shown(self.name)}",
         )
 
 
@@ -104,14 +109,23 @@ def models_of(run: RunConfig) -> list[Path]:
 
 def written_folders(run: RunConfig) -> list[Path]:
     """The folders outside of any other that a run writes to."""
-    found = (run.output.root, run.checkpoint.scratch_dir, run.data.cache_dir)
-    return [path for path in found if path is not None]
+    return list(written_by_key(run).values())
+
+
+def written_by_key(run: RunConfig) -> dict[str, Path]:
+    found = {
+        "output.root": run.output.root,
+        "checkpoint.scratch_dir": run.checkpoint.scratch_dir,
+        "data.cache_dir": run.data.cache_dir,
+    }
+    return {key: path for key, path in found.items() if path is not None}
 
 
 def check_paths(run: RunConfig, coming: Collection[Path] = ()) -> None:
     """Raise `UserError` for the first file or folder of the run that is missing; models in `coming` may be."""
     for key, file in (("data.train", run.data.train), ("data.dev", run.data.dev)):
-        require(file.is_file(), key, f"no such file: {file}")
+        with looked_at(key):
+            require(file.is_file(), key, f"no such file: {file}")
     if run.student.path not in coming:
         check_model_folder("student.path", run.student.path)
     if run.teacher is not None and run.method.teacher != "none":
@@ -119,18 +133,65 @@ def check_paths(run: RunConfig, coming: Collection[Path] = ()) -> None:
             check_model_folder("teacher.path", run.teacher.path)
         if run.teacher.adapter is not None:
             adapter = run.teacher.adapter / "adapter_config.json"
-            require(adapter.is_file(), "teacher.adapter", f"no LoRA adapter (adapter_config.json) in {adapter.parent}")
+            with looked_at("teacher.adapter"):
+                found = adapter.is_file()
+            require(found, "teacher.adapter", f"no LoRA adapter (adapter_config.json) in {adapter.parent}")
+            check_object("teacher.adapter", adapter)
+
+
+def check_folders(run: RunConfig) -> None:
+    """Raise `UserError` for the first folder outside of any other that the run could not write to, on this machine."""
+    for key, folder in written_by_key(run).items():
+        check_folder(key, folder)
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Raise `UserError` where a folder cannot be made, or not be written to."""
+    folder = folder.absolute()
+    with looked_at(key):
+        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        require(nearest.is_dir(), key, f"cannot write {folder}: {nearest} is no folder")
+    require(os.access(nearest, os.W_OK | os.X_OK), key, f"cannot write {folder}: {nearest} is not writable")
+
+
+@contextmanager
+def looked_at(key: str) -> Iterator[None]:
+    """A file or folder that the system does not let us look at is told in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{key}: {error.filename} cannot be read: {error.strerror}") from None
 
 
 def check_model_folder(key: str, folder: Path) -> None:
     """Raise `UserError` unless `folder` holds a configuration and safetensors weights."""
-    require(folder.is_dir(), key, f"no such folder: {folder} (a downloaded Hugging Face model is expected)")
-    require((folder / "config.json").is_file(), key, f"no config.json in {folder}")
-    weights = any(folder.glob("*.safetensors"))
+    with looked_at(key):
+        require(folder.is_dir(), key, f"no such folder: {folder} (a downloaded Hugging Face model is expected)")
+        require((folder / "config.json").is_file(), key, f"no config.json in {folder}")
+        weights = any(folder.glob("*.safetensors"))
     require(weights, key, f"no weights in {folder}: a .safetensors file is expected (pickled .bin files are not read)")
+    for name in ("config.json", "tokenizer_config.json"):
+        check_object(key, folder / name)
+
+
+def check_object(key: str, file: Path) -> None:
+    """Raise `UserError` where a file is there and holds no JSON object."""
+    with looked_at(key):
+        if not file.is_file():
+            return
+        text = file.read_bytes()
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    require(isinstance(found, dict), key, f"{file} holds no JSON object")
 
 
 def check_checkpoint(folder: Path) -> None:
     """Raise `UserError` unless `folder` is a saved model: a whole one, or a LoRA adapter."""
-    if not (folder / "adapter_config.json").is_file():
+    with looked_at(str(folder)):
+        adapter = (folder / "adapter_config.json").is_file()
+    if adapter:
+        check_object(str(folder), folder / "adapter_config.json")
+    else:
         check_model_folder(str(folder), folder)

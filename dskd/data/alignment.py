@@ -22,6 +22,8 @@ import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
+from dskd.config.errors import UserError, shown
+
 IntArray = npt.NDArray[np.int64]
 Costs = npt.NDArray[np.int32]
 Align = Callable[[Sequence[int], Sequence[int]], IntArray]
@@ -60,7 +62,7 @@ def vocabulary_bytes(tokenizer: Tokenizer) -> list[bytes]:
     - Any other special token: its literal string, e.g. b"<|im_start|>", which is what a tokenizer that lacks
       the token sees in the same text.
 
-    Raises ValueError if the decoder has a step that is unknown here.
+    Raises UserError if the decoder has a step that is unknown here.
     """
     added = tokenizer.added_tokens_decoder
     vocabulary = tokenizer.get_vocab() | {str(token.content): index for index, token in added.items()}
@@ -114,7 +116,7 @@ def _decoder_steps(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> list[
                 steps.append(step)
             case _:
                 name = type(tokenizer).__name__
-                raise ValueError(f"{name}: the bytes of its tokens are unclear: unknown decoder step {step}")
+                raise UserError(f"{name}: the bytes of its tokens are unclear: unknown decoder step {shown(step)}")
     return steps
 
 

@@ -1,16 +1,22 @@
 """The batches of a run: a pure function of (seed, step, rank, world size, global batch). Resuming needs no state."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dskd.config.errors import UserError
 from dskd.data.alignment import Align, IntArray
 from dskd.data.batch import Batch, collate, flat_pairs
 from dskd.data.records import Record
 from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Plan:
     ranks that work at the same time have equally much to do.
     """
 
-    sizes: tuple[int, ...]
+    sizes: Sequence[int]
     """Length of each record in characters."""
     seed: int
     global_batch_size: int
@@ -35,7 +41,7 @@ class Plan:
     def global_batch(self, step: int) -> list[int]:
         """Record indices of optimizer step `step` (from 0), ordered by length."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes))
+        order = permutation(self.seed, epoch, len(self.sizes))
         batch = order[within * self.global_batch_size : (within + 1) * self.global_batch_size].tolist()
         return sorted(batch, key=lambda index: (self.sizes[index], index))
 
@@ -45,9 +51,33 @@ class Plan:
         return [batch[i : i + size] for i in range(rank * size, len(batch), world_size * size)]
 
 
+@lru_cache(maxsize=1)
+def permutation(seed: int, epoch: int, count: int) -> IntArray:
+    """The order of `count` records in an epoch; that of the last one is kept, since a step uses a small part of it."""
+    order = np.random.default_rng((seed, epoch)).permutation(count)
+    order.setflags(write=False)
+    return order
+
+
+class Recent(Generic[T]):
+    """What was made for the last `size` indices that were asked for."""
+
+    def __init__(self, size: int = 8192) -> None:
+        self.size = size
+        self.made: OrderedDict[int, T] = OrderedDict()
+
+    def get(self, index: int, make: Callable[[int], T]) -> T:
+        if index not in self.made:
+            self.made[index] = make(index)
+        self.made.move_to_end(index)
+        if len(self.made) > self.size:
+            self.made.popitem(last=False)
+        return self.made[index]
+
+
 @dataclass
 class Collator:
-    """Record indices -> Batch, in a worker process: tokenizes with both tokenizers, each record once."""
+    """Record indices -> Batch, in a worker process: tokenizes with both tokenizers, each record once in a while."""
 
     records: Sequence[Record]
     student: Tokenizer
@@ -56,9 +86,9 @@ class Collator:
     limits: Limits
     align: Align | None = None
     """Pairs the tokens of both sides' responses, where the method asks for it."""
-    samples: dict[int, tuple[Sample, Sample]] = field(default_factory=dict)
-    """What this process has tokenized so far, for student and teacher."""
-    pairs: dict[int, IntArray] = field(default_factory=dict)
+    samples: Recent[tuple[Sample, Sample]] = field(default_factory=Recent)
+    """What this process has tokenized last, for student and teacher."""
+    pairs: Recent[IntArray] = field(default_factory=Recent)
     """And aligned."""
 
     def __call__(self, indices: Sequence[int]) -> Batch:
@@ -71,29 +101,33 @@ class Collator:
         return Batch(tuple(indices), student, teacher, pairs)
 
     def sample(self, index: int) -> tuple[Sample, Sample]:
-        if index not in self.samples:
-            record = self.records[index]
-            student = tokenize(self.student, record, self.limits)
-            teacher = student if self.teacher is None else tokenize(self.teacher, record, self.limits)
-            self.samples[index] = (student, teacher)
-        return self.samples[index]
+        return self.samples.get(index, self.tokenized)
+
+    def tokenized(self, index: int) -> tuple[Sample, Sample]:
+        record = self.records[index]
+        student = tokenize(self.student, record, self.limits)
+        return student, student if self.teacher is None else tokenize(self.teacher, record, self.limits)
 
     def pair(self, index: int) -> IntArray:
-        if index not in self.pairs:
-            assert self.align is not None
-            student, teacher = self.sample(index)
-            self.pairs[index] = self.align(teacher.response.tolist(), student.response.tolist())
-        return self.pairs[index]
+        return self.pairs.get(index, self.aligned)
+
+    def aligned(self, index: int) -> IntArray:
+        assert self.align is not None
+        student, teacher = self.sample(index)
+        return self.align(teacher.response.tolist(), student.response.tolist())
 
 
-class Steps(Dataset[list[Batch]]):
-    """Item k: the micro-batches of one rank in step k."""
+class Steps(Dataset[list[Batch] | UserError]):
+    """Item k: the micro-batches of one rank in step k, or the mistake that was met: raised, torch would wrap it."""
 
     def __init__(self, plan: Plan, collator: Collator, rank: int, world_size: int) -> None:
         self.plan, self.collator, self.rank, self.world_size = plan, collator, rank, world_size
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        return [self.collator(indices) for indices in self.plan.micro_batches(step, self.rank, self.world_size)]
+    def __getitem__(self, step: int) -> list[Batch] | UserError:
+        try:
+            return [self.collator(indices) for indices in self.plan.micro_batches(step, self.rank, self.world_size)]
+        except UserError as error:
+            return error
 
 
 def load_steps(
@@ -106,7 +140,7 @@ def load_steps(
 ) -> Generator[list[Batch]]:
     """The micro-batches of steps first..last-1, made ahead by `workers` processes that live until the generator ends.
 
-    Each of them calls `begin_worker` with its number first.
+    Each of them calls `begin_worker` with its number first. Raises `UserError` where the records were changed.
     """
     order = range(first, last)
     loader = DataLoader(
@@ -120,7 +154,10 @@ def load_steps(
     )
     batches = iter(loader)
     try:
-        yield from batches
+        for found in batches:
+            if isinstance(found, UserError):
+                raise found
+            yield found
     finally:
         # At the end of the process they would be waited for, however it ends; they end only when they are told to.
         if workers:

@@ -6,20 +6,21 @@ Tokens are compared as the bytes they stand for (`vocabulary_bytes`): the space 
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from dskd.config.errors import UserError
+from dskd.config.errors import one_line
 from dskd.data.alignment import BYTE_PIECE, END_OF_TEXT, SILENT_ROLES, IntArray, Tokenizer, vocabulary_bytes
 from dskd.rundir.files import written
 
+LOG = logging.getLogger("dskd")
 Tell = Callable[[int, int], None]
 
 BLOCK_CELLS = 2**25  # distances held at once, of one byte each (two if a token is longer than 255 bytes)
@@ -102,20 +103,18 @@ def load_or_build(
     """The map from its file in `cache_dir`, which is made if missing; see `build_vocabulary_map`.
 
     The file's name states both vocabularies, and it appears whole or not at all: processes that start at once
-    may each build it, to the same result. Raises UserError if the file holds the map of other vocabularies.
+    may each build it, to the same result. One that is damaged, or holds something else, is made anew.
     """
     expected = vocabulary_hash(teacher_tokenizer), vocabulary_hash(student_tokenizer)
     path = cache_dir / f"vocabulary_map_{expected[0][:16]}_{expected[1][:16]}.npz"
-    if not path.exists():
-        save(path, build_vocabulary_map(teacher_tokenizer, student_tokenizer, progress, workers))
-    vocabulary_map = load(path)
-    found = vocabulary_map.teacher_hash, vocabulary_map.student_hash
-    if found != expected:
-        raise UserError(
-            f"{path} maps other vocabularies: it was made for teacher {found[0]} and student {found[1]}, "
-            f"the tokenizers are teacher {expected[0]} and student {expected[1]}; delete the file"
-        )
-    return vocabulary_map
+    if path.exists():
+        try:
+            return load(path, expected)
+        except ValueError as error:
+            LOG.warning(f"{path} is not used and made anew: {error}")
+    made = build_vocabulary_map(teacher_tokenizer, student_tokenizer, progress, workers)
+    save(path, made)
+    return made
 
 
 def save(path: Path, vocabulary_map: VocabularyMap) -> None:
@@ -127,17 +126,33 @@ def save(path: Path, vocabulary_map: VocabularyMap) -> None:
             student_ids=vocabulary_map.student_ids,
             distance=vocabulary_map.distance,
             hashes=np.array([vocabulary_map.teacher_hash, vocabulary_map.student_hash]),
+            checksum=np.array(checksum(vocabulary_map)),
         )
 
 
-def load(path: Path) -> VocabularyMap:
-    """Read what `save` wrote. Raises UserError where the file is something else."""
+def load(path: Path, hashes: tuple[str, str]) -> VocabularyMap:
+    """Read what `save` wrote for these two vocabularies. Raises `ValueError` with the reason where it is not that."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            teacher_hash, student_hash = arrays["hashes"].tolist()
-            return VocabularyMap(arrays["student_ids"], arrays["distance"], teacher_hash, student_hash)
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise UserError(f"{path} is no vocabulary map ({error}); delete the file") from None
+            names = arrays["hashes"].tolist()
+            found = VocabularyMap(arrays["student_ids"], arrays["distance"], *names)
+            sealed = arrays["checksum"].item() if "checksum" in arrays else None
+            own = checksum(found)
+    except Exception as error:  # zip, zlib and NumPy's reading of headers each have errors of their own
+        raise ValueError(f"it cannot be read: {one_line(str(error), 200)}") from None
+    if (found.teacher_hash, found.student_hash) != hashes:
+        raise ValueError("it maps other vocabularies")
+    if sealed != own:
+        raise ValueError("it has no checksum" if sealed is None else "its checksum is wrong")
+    return found
+
+
+def checksum(vocabulary_map: VocabularyMap) -> str:
+    """sha256 over all that a map holds."""
+    found = hashlib.sha256(f"{vocabulary_map.teacher_hash} {vocabulary_map.student_hash}".encode())
+    for array in (vocabulary_map.student_ids, vocabulary_map.distance):
+        found.update(f" {array.dtype.str} {array.shape} ".encode() + array.tobytes())
+    return found.hexdigest()
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:

@@ -139,8 +139,12 @@ class Jobs:
             append_json(self.folder.ending, asdict(ending))
 
     def ending(self) -> Ending | None:
+        """How the start ended before all ranks were done; None where none told, or what it told is damaged."""
         found = next(read_json_lines(self.folder.ending), None)
-        return None if found is None else cattrs.structure(found, Ending)
+        try:
+            return None if found is None else cattrs.structure(found, Ending)
+        except (cattrs.BaseValidationError, TypeError, ValueError, KeyError):
+            return None
 
     def clear_ending(self) -> None:
         self.folder.ending.unlink(missing_ok=True)

@@ -31,10 +31,13 @@ ANSWERS = "answers.jsonl"
 INDEX = "index.json"
 """What `dskd collect` writes beside the models that it gathered."""
 
-_MODEL = re.compile(r"epoch(\d+)_step(\d+)_loss(-?[\d.]+?|nan|-?inf)(?:_rougel([\d.]+))?")
+# Up to 18 digits: what is longer is no name that was written here, and no number that Python reads.
+_MODEL = re.compile(
+    r"epoch(\d{1,18})_step(\d{1,18})_loss(-?\d+(?:\.\d+)?|nan|-?inf)(?:_rougel(\d+(?:\.\d+)?))?", re.ASCII
+)
 _BEFORE = "-before-evaluation"
-_STATE = re.compile(rf"step(\d+)({_BEFORE})?")
-_LOG = re.compile(r"start(\d+)\.rank\d+\.log")
+_STATE = re.compile(rf"step(\d{{1,18}})({_BEFORE})?", re.ASCII)
+_LOG = re.compile(r"start(\d{1,18})\.rank\d+\.log", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def read(holder: Path) -> str | None:
     try:
         values = json.loads(holder.read_text(encoding="utf-8"))
         return f"{values['host']} process {values['pid']} (beat {values['beat']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import cattrs
 
-from dskd.config.errors import UserError
+from dskd.config.errors import UserError, shown
 from dskd.rundir.files import read_json
 from dskd.rundir.layout import STATE, StateName
 
@@ -77,11 +77,17 @@ def read_state(folder: Path) -> StateFile | None:
     if values is None:
         return None
     if values.get("format") != FORMAT:
-        raise UserError(f"{folder}: state format {values.get('format')!r} is not known to this version of dskd")
+        raise UserError(f"{folder}: state format {shown(values.get('format'))} is not known to this version of dskd")
     try:
-        return StateFile(cattrs.structure(values, TrainState), int(values["world_size"]))
+        return StateFile(cattrs.structure(values, TrainState), ranks_in(values["world_size"]))
     except (cattrs.BaseValidationError, KeyError, TypeError, ValueError):
         raise UserError(f"{folder / STATE}: is damaged: it does not say where the run stands") from None
+
+
+def ranks_in(world_size: object) -> int:
+    if not isinstance(world_size, int) or not 0 < world_size < 2**20:
+        raise ValueError(f"no number of ranks: {world_size!r}")
+    return world_size
 
 
 def best_of(saved: Sequence[SavedModel], best_by: Literal["loss", "rougel"], count: int) -> tuple[SavedModel, ...]:

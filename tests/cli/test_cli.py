@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import typer
 
 from dskd import __version__
 from dskd.cli import app, join_numbers
+from dskd.config.load import load_run
 from dskd.config.recipes import find_recipes
 from dskd.config.settings import list_settings
 
@@ -120,6 +122,53 @@ def test_what_does_not_fit_this_machine_is_told_before_torch_is_loaded(make_run,
         "dskd: train.global_batch_size: 8 does not divide into 3 rank(s) x train.micro_batch_size 2; "
     )
     assert mistake_of("train", run, "teacher.path=/none").startswith("dskd: teacher.path: no such folder: /none")
+
+
+@pytest.fixture(scope="module")
+def inputs(make_run, tmp_path_factory) -> Path:
+    """A folder with a run, a saved model, and things that are wrong."""
+    folder = tmp_path_factory.mktemp("inputs")
+    run = make_run(folder)
+    shutil.copytree(load_run(run).student.path, folder / "model")
+    (folder / "missing.jsonl").write_text('{"prompt": "p", "output": "o"}\n{"prompt": "p"}\n')
+    (folder / "deep.jsonl").write_text("[" * 100_000)
+    (folder / "nul.jsonl").write_bytes(b"\0")
+    shutil.copytree(folder / "model", folder / "broken")
+    (folder / "broken" / "config.json").write_text("[]")
+    return folder
+
+
+EARLY = [
+    (("train", "run.yaml", "data.train=missing.jsonl"), 'missing.jsonl:2: field "output" is missing; found: prompt'),
+    (("train", "run.yaml", "data.dev=deep.jsonl"), "deep.jsonl:1: JSON that is not read: maximum recursion depth"),
+    (("train", "run.yaml", "data.train=nul.jsonl"), "nul.jsonl:1: broken JSON: Expecting value at column 1"),
+    (("train", "run.yaml", "data.train=model"), "data.train: no such file: "),
+    (("train", "run.yaml", "output.root=run.yaml"), "output.root: cannot write "),
+    (("train", "run.yaml", "data.cache_dir=run.yaml/cache"), "data.cache_dir: cannot write "),
+    (("train", "run.yaml", "checkpoint.scratch_dir=run.yaml"), "checkpoint.scratch_dir: cannot write "),
+    (("train", "run.yaml", "student.path=broken"), "student.path: "),
+    (("train", "run.yaml", f"train.seed={'9' * 5000}"), "command line: train.seed: '999"),
+    (("train", "run.yaml", f"train.lr={'[' * 5000}"), "command line: train.lr: '[[["),
+    (("evaluate", "model", "--data", "missing.jsonl"), 'missing.jsonl:2: field "output" is missing; found: prompt'),
+    (("evaluate", "model", "--data", "model"), "model: cannot be read: Is a directory"),
+    (("evaluate", "model", "--data", "none.jsonl"), "none.jsonl: cannot be read: No such file or directory"),
+    (("evaluate", "broken", "--data", "dev.jsonl"), "broken: broken/config.json holds no JSON object"),
+    (("evaluate", "model", "--data", "dev.jsonl", "--output", "run.yaml"), "--output: cannot write "),
+    (("evaluate", "model", "--data", "dev.jsonl", "--seeds", "9" * 5000), "--seeds: different whole numbers are expec"),
+    (("evaluate", "model", "--data", "dev.jsonl", "--batch-size", "9" * 20), "batch_size: must be at most 2147483647"),
+    (("align", "model", "model", "--cache-dir", "run.yaml"), "--cache-dir: cannot write "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), EARLY, ids=[" ".join(words)[:50] for words, _ in EARLY])
+def test_a_mistake_is_told_before_torch_is_loaded(inputs, arguments, expected):
+    without = "import sys; sys.modules |= {'torch': None, 'numpy': None}; from dskd.cli import main; main()"
+    done = dskd(*arguments, program=(sys.executable, "-c", without), cwd=inputs)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert expected in line
+    assert line.startswith("dskd: ")
+    assert len(line) < 600
 
 
 @pytest.mark.parametrize(

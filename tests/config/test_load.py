@@ -150,7 +150,7 @@ def test_a_section_may_be_empty_or_absent(write):
 
 UNPRINTED = ("Cc", "Cs", "Zl", "Zp")  # control characters and line breaks
 letters = st.characters(codec="utf-8", exclude_characters="/", exclude_categories=UNPRINTED)
-names = st.text(letters, min_size=1).filter(lambda name: name not in (".", ".."))
+names = st.text(letters, min_size=1, max_size=50).filter(lambda name: name not in (".", ".."))
 
 
 @settings(max_examples=25, deadline=None)
@@ -159,8 +159,8 @@ names = st.text(letters, min_size=1).filter(lambda name: name not in (".", "..")
         {
             "output.name": names,
             "description": st.text(letters),
-            "train.lr": st.floats(1e-12, 1e3),
-            "train.max_steps": st.none() | st.integers(1),
+            "train.lr": st.floats(1e-12, 1.0),
+            "train.max_steps": st.none() | st.integers(1, 2**31 - 1),
             "engine.zero_stage": st.integers(0, 3),
             "data.bos": st.booleans(),
             "student.lora.targets": st.lists(st.text("abc_1e-. ", min_size=1)),
@@ -187,7 +187,7 @@ def test_a_run_with_defaults_alone_survives_yaml(write):
 
 def test_seeds():
     assert parse_seeds("10 20,30") == parse_seeds("10, 20 30") == [10, 20, 30]
-    for wrong in ("", "a", "1 1", "1.5"):
+    for wrong in ("", "a", "1 1", "1.5", "-1", "4294967296", "9" * 10_000):
         with pytest.raises(UserError, match=r"^--seeds: different whole numbers are expected"):
             parse_seeds(wrong)
 

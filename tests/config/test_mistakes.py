@@ -1,6 +1,7 @@
 """Each mistake in a run file is one line: where, which key, what is allowed, the nearest name."""
 
 import re
+import time
 
 import pytest
 
@@ -91,8 +92,35 @@ WRONG = [
     ("checkpoint.keep_best=0", "checkpoint.keep_best: must be above 0, got 0$"),
     ("engine.loss_memory_mb=0", "engine.loss_memory_mb: must be above 0, got 0$"),
     ("launch.processes=0", "launch.processes: must be above 0, got 0$"),
-    ("output.name=a/b", "output.name: must be a folder name, got 'a/b'$"),
-    ("output.name=..", "output.name: must be a folder name, got '..'$"),
+    ("output.name=a/b", "output.name: must be a folder name of at most 200 bytes, got 'a/b'$"),
+    ("output.name=..", "output.name: must be a folder name of at most 200 bytes, got '..'$"),
+    (f"output.name={'é' * 101}", "output.name: must be a folder name of at most 200 bytes, got 'é+.*é+'$"),
+    (
+        f"student.path={'a' * 256}",
+        "student.path: a path of at most 1024 bytes, 255 for each name, is expected, got 'a+",
+    ),
+    (f"data.train={'/a' * 600}", "data.train: a path of at most 1024 bytes, 255 for each name, is expected, got '/a"),
+    # numbers that no run can have
+    ("train.seed=-1", "train.seed: must be from 0 to 4294967295, got -1$"),
+    ("train.seed=4294967296", "train.seed: must be from 0 to 4294967295, got 4294967296$"),
+    ("train.lr=1e30", r"train.lr: must be at most 1.0, got 1e\+30$"),
+    ("train.projector_lr=2", "train.projector_lr: must be at most 1.0, got 2.0$"),
+    ("train.epochs=2147483648", "train.epochs: must be at most 2147483647, got 2147483648$"),
+    ("train.max_steps=1000000000000", "train.max_steps: must be at most 2147483647, got 1000000000000$"),
+    ("train.global_batch_size=2147483648", "train.global_batch_size: must be at most 2147483647, got"),
+    ("train.micro_batch_size=2147483648", "train.micro_batch_size: must be at most 2147483647, got"),
+    ("eval.generation.batch_size=2147483648", "eval.generation.batch_size: must be at most 2147483647, got"),
+    ("data.max_length=2147483648", "data.max_length: must be at most 2147483647, got"),
+    ("data.workers=257", "data.workers: must be at most 256, got 257$"),
+    ("launch.processes=1025", "launch.processes: must be at most 1024, got 1025$"),
+    ("launch.hours=1e9", "launch.hours: must be at most 8784, got 1000000000.0$"),
+    ("student.lora.rank=2147483648", "student.lora.rank: must be at most 2147483647, got"),
+    ("train.epochs=9223372036854775808", "train.epochs: a whole number of at most 64 bits is expected, got 9223372036"),
+    (f"train.lr=1{'0' * 400}", "train.lr: a number of at most 64 bits is expected, got 1000.* ... .*000$"),
+    (
+        f"train.epochs=0x{'f' * 10_000}",
+        "train.epochs: a whole number of at most 64 bits is expected, got something too",
+    ),
     # settings that do not go together
     ("data.max_length=256", r"data.max_prompt_length: must be below max_length \(256\) .*, got 256$"),
     ("data.max_prompt_length=512", r"data.max_prompt_length: must be below max_length \(512\) .*, got 512$"),
@@ -105,12 +133,12 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("setting", "expected"), WRONG, ids=[setting for setting, _ in WRONG])
+@pytest.mark.parametrize(("setting", "expected"), WRONG, ids=[setting[:60] for setting, _ in WRONG])
 def test_a_setting_that_is_wrong(error_of, setting, expected):
     assert re.search(f"^command line: {expected}", error_of("", setting))
 
 
-@pytest.mark.parametrize(("setting", "expected"), WRONG, ids=[setting for setting, _ in WRONG])
+@pytest.mark.parametrize(("setting", "expected"), WRONG, ids=[setting[:60] for setting, _ in WRONG])
 def test_a_setting_that_is_wrong_in_the_file(error_of, tmp_path, setting, expected):
     """The same, written into a file that extends a right one."""
     if setting.startswith("extends"):
@@ -152,6 +180,69 @@ def test_a_method_without_settings_says_that_kind_is_allowed(error_of):
 def test_a_method_takes_only_its_settings_and_no_attribute_of_its_class(error_of):
     assert "method.teacher: unknown key" in error_of("", "method.teacher=none")
     assert "method.kinds: unknown key" in error_of("", "method.kinds={}")
+
+
+def nested(levels: int) -> str:
+    return "".join(f"{' ' * i}a:\n" for i in range(levels))
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20)
+)
+"""Nine to the power of twenty values, in a thousand characters."""
+MONSTROUS = [
+    ("a: " + "[" * 100_000, "RUN: not valid YAML: more than 20000 values, or values in more than 32 others"),
+    ("a: " + "{a: " * 5_000, "RUN: not valid YAML: more than 20000 values, or values in more than 32 others"),
+    (nested(600), "RUN: not valid YAML: more than 20000 values, or values in more than 32 others"),
+    ("- " * 5_000, "RUN: not valid YAML: more than 20000 values, or values in more than 32 others"),
+    (BOMB, "RUN: not valid YAML: more than 20000 values, or values in more than 32 others"),
+    ("a: &a [*a]", r"RUN: not valid YAML: \*a stands for nothing, or for what it is a part of"),
+    ("a: [" + "x, " * 30_000 + "]", "RUN: not valid YAML: more than 20000 values, or values in more than 32 others"),
+    ("#" * 1_000_001, "RUN: not valid YAML: more than 1000000 bytes"),
+    (f"a: {'1' * 10_000}", r"RUN: not valid YAML: Exceeds the limit \(4300 digits\) .*"),
+    ("a: 2024-13-45", "RUN: not valid YAML: month must be in 1..12"),
+    ("a: !!int ''", "RUN: not valid YAML: string index out of range"),
+    ("a: !!bool x", "RUN: not valid YAML: 'x'"),
+    (f"{'k' * 5_000}: 1", "RUN: not valid YAML: mapping values are not allowed here .*"),
+    (f"{'k' * 1_000}: 1\n{run_text()}", "RUN: k+ ... k*: unknown key; allowed: .*train"),
+    ("extends: " + "x" * 5_000, ".*/x+ ... x+.*cannot be read: File name too long"),
+    ('extends: "a\\0b"', "RUN: extends: one file name is expected, got .*"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), MONSTROUS, ids=[text[:12] for text, _ in MONSTROUS])
+def test_a_monstrous_file_is_told_at_once_and_in_one_line(error_of, text, expected):
+    began = time.monotonic()
+    message = error_of(text)
+    assert time.monotonic() - began < 5
+    assert re.fullmatch(expected, message)
+    assert len(message) <= 600
+    assert message.isprintable()
+
+
+def test_a_monstrous_override_is_told_in_one_line(error_of):
+    too_deep = r"command line: train.lr: '\[\[\[.* ... .*' is not a YAML value"
+    assert re.fullmatch(too_deep, error_of("", "train.lr=" + "[" * 100_000))
+    assert re.fullmatch("command line: train.lr: '999.* is not a YAML value", error_of("", f"train.lr={'9' * 10_000}"))
+    assert "a key of at most 32 parts is expected" in error_of("", f"{'a.' * 5_000}b=1")
+    assert len(error_of("", f"description=[{'x' * 10_000}]")) < 300
+    assert len(error_of("", f"{'x' * 10_000}=1")) <= 600
+
+
+def test_aliases_that_stay_small_are_followed(error_of):
+    shared = "description: &d text\noutput: {name: *d}\n"
+    assert error_of(run_text() + shared, "train.lr=x").startswith("command line: train.lr: ")
+
+
+def test_files_over_files_end(error_of, tmp_path):
+    for number in range(50):
+        (tmp_path / f"{number}.yaml").write_text(f"extends: {number + 1}.yaml\n")
+    assert error_of("extends: 0.yaml").endswith("/32.yaml: extends: at most 32 files over each other are allowed")
+
+
+def test_a_warning_of_the_yaml_library_stands_beside_no_message(error_of, capfd):
+    error_of("a: [&a x, &a y]\n")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

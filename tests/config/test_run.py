@@ -1,5 +1,7 @@
 """Checks of a whole run: the paths it names, its folder, and how its global batch divides."""
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +13,15 @@ from dskd.config.data import DataConfig
 from dskd.config.errors import UserError
 from dskd.config.methods import KdConfig, SftConfig
 from dskd.config.models import StudentConfig, TeacherConfig
-from dskd.config.run import OutputConfig, RunConfig, accumulation_steps, check_checkpoint, check_paths
-from dskd.config.training import TrainConfig
+from dskd.config.run import (
+    OutputConfig,
+    RunConfig,
+    accumulation_steps,
+    check_checkpoint,
+    check_folders,
+    check_paths,
+)
+from dskd.config.training import CheckpointConfig, TrainConfig
 
 
 def run_config(global_batch_size: int, micro_batch_size: int) -> RunConfig:
@@ -53,10 +62,10 @@ def run(tmp_path) -> RunConfig:
     """A run whose files and folders exist, empty as they are."""
     for model in ("student", "teacher"):
         (tmp_path / model).mkdir()
-        (tmp_path / model / "config.json").touch()
+        (tmp_path / model / "config.json").write_text("{}")
         (tmp_path / model / "model.safetensors").touch()
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").touch()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "train.jsonl").touch()
     (tmp_path / "dev.jsonl").touch()
     return RunConfig(
@@ -125,3 +134,52 @@ def test_a_checkpoint_is_a_whole_model_or_an_adapter(run, tmp_path, name, fits):
     else:
         with pytest.raises(UserError):
             check_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{", "", "[" * 100_000, "9" * 10_000, "\0"])
+@pytest.mark.parametrize(
+    "name", ["student/config.json", "student/tokenizer_config.json", "adapter/adapter_config.json"]
+)
+def test_a_configuration_that_is_no_object_is_told_before_torch_is_loaded(run, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    key = {"student": "student.path", "adapter": "teacher.adapter"}[Path(name).parent.name]
+    with pytest.raises(UserError) as raised:
+        check_paths(run)
+    assert str(raised.value) == f"{key}: {tmp_path / name} holds no JSON object"
+    with pytest.raises(UserError, match="holds no JSON object"):
+        check_checkpoint(tmp_path / Path(name).parent)
+
+
+WRITTEN = {
+    "output.root": lambda run, path: replace(run, output=OutputConfig(path)),
+    "data.cache_dir": lambda run, path: replace(run, data=replace(run.data, cache_dir=path)),
+    "checkpoint.scratch_dir": lambda run, path: replace(run, checkpoint=CheckpointConfig(scratch_dir=path)),
+}
+
+
+@pytest.mark.parametrize(("key", "with_path"), WRITTEN.items(), ids=WRITTEN)
+def test_a_folder_that_cannot_be_made_is_told_with_its_key(run, tmp_path, key, with_path):
+    check_folders(with_path(run, tmp_path / "not" / "yet"))
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("train.jsonl", "dangling"):
+        for folder in (tmp_path / name, tmp_path / name / "below"):
+            with pytest.raises(UserError) as raised:
+                check_folders(with_path(run, folder))
+            assert str(raised.value) == f"{key}: cannot write {folder}: {tmp_path / name} is no folder"
+
+
+def test_a_folder_that_is_not_ours_is_told(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=f"^output.root: cannot write {tmp_path}/out: {tmp_path} is not writable$"):
+        check_folders(replace(run, output=OutputConfig(tmp_path / "out")))
+    check_folders(replace(run, output=OutputConfig(tmp_path / "student")))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ELOOP])
+def test_a_file_that_we_may_not_look_at_is_told(run, monkeypatch, number):
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match=f"^data.train: {run.data.train} cannot be read: {os.strerror(number)}$"):
+        check_paths(run)

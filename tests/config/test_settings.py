@@ -62,7 +62,9 @@ def test_defaults_that_are_told_are_accepted(tmp_path):
     """Each default, written out as told, gives the run that leaving it out gives."""
     file = tmp_path / "run.yaml"
     file.write_text("student: {path: /s}\nteacher: {path: /t}\ndata: {train: /a, dev: /b}\nmethod: {kind: kd}\n")
-    told = [s for s in list_settings() if s.default not in ("required", "empty") and ("(" not in s.key or "(kd)" in s.key)]
+    told = [
+        s for s in list_settings() if s.default not in ("required", "empty") and ("(" not in s.key or "(kd)" in s.key)
+    ]
     overrides = [f"{s.key.replace('(kd)', '')}={s.default}" for s in told]
     plain = ["student.lora={}", f"output.root={Path('outputs').absolute()}"]
     assert load_run(file, overrides) == load_run(file, plain)

@@ -1,6 +1,10 @@
 """Which records each rank gets in each step, and that nothing but the settings decides it."""
 
+import hashlib
+import json
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +12,11 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from dskd.config.errors import UserError
 from dskd.data.alignment import aligner, token_bytes
 from dskd.data.batch import Batch, collate
-from dskd.data.loader import Collator, Plan, Steps, evaluation_batches, load_steps
-from dskd.data.records import Record
+from dskd.data.loader import Collator, Plan, Recent, Steps, evaluation_batches, load_steps, permutation
+from dskd.data.records import Record, read_records
 from dskd.data.tokenization import Limits, tokenize
 
 LIMITS = Limits(24, 12)
@@ -151,7 +156,109 @@ def test_a_response_that_is_cut_off_is_aligned_with_the_same_part_of_the_other(t
 def test_a_record_is_tokenized_once(collator):
     first, again = collator.sample(4), collator.sample(4)
     assert again is first
-    assert sorted(collator.samples) == [4]
+    assert list(collator.samples.made) == [4]
+
+
+def test_what_was_used_least_lately_is_made_anew(collator):
+    """As many as are to be kept are kept, and no more; the batches are the same."""
+    batches = [[0, 1, 2], [2, 3], [0, 4], [2, 3, 1]]
+    expected = [collator(batch) for batch in batches]
+    collator.samples = Recent(size=3)
+    assert all(same(collator(batch), whole) for batch, whole in zip(batches, expected, strict=True))
+    assert list(collator.samples.made) == [2, 3, 1]
+    kept = collator.sample(3)
+    collator.sample(5)
+    assert collator.sample(3) is kept
+    assert list(collator.samples.made) == [1, 5, 3]
+
+
+@given(st.lists(st.integers(0, 20), max_size=60), st.integers(1, 10))
+def test_what_is_kept_was_asked_for_last(indices, size):
+    recent: Recent[int] = Recent(size)
+    for index in indices:
+        assert recent.get(index, lambda i: i * i) == index * index
+        assert len(recent.made) <= size
+    lately = list(dict.fromkeys(reversed(indices)))[:size]
+    assert list(recent.made) == lately[::-1]
+
+
+def test_an_epoch_s_order_is_made_once_and_is_numpy_s():
+    plan = Plan((1,) * 1000, 3, 8, 2)
+    permutation.cache_clear()
+    steps = [plan.global_batch(step) for step in range(125)]
+    assert permutation.cache_info().misses == 1
+    order = np.random.default_rng((3, 0)).permutation(1000).tolist()
+    assert [sorted(batch) for batch in steps] == [sorted(order[i : i + 8]) for i in range(0, 1000, 8)]
+    plan.global_batch(125)
+    assert plan.global_batch(5) == steps[5]  # back in the first epoch, whatever is kept
+    assert permutation.cache_info().currsize == 1
+
+
+class Bytes:
+    """A tokenizer that takes `width` bytes of UTF-8 for a token."""
+
+    eos_token_id, bos_token_id = 1, 2
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def encode(self, text: str, **options: bool) -> list[int]:
+        raw = text.encode()
+        return [3 + int.from_bytes(raw[i : i + self.width], "big") for i in range(0, len(raw), self.width)]
+
+
+def every_second(teacher: Sequence[int], student: Sequence[int]) -> np.ndarray:
+    return np.array([(i, 2 * i) for i in range(min(len(teacher), len(student) // 2))], np.int64).reshape(-1, 2)
+
+
+@pytest.fixture
+def cities(tmp_path) -> Path:
+    """Fifty records with blank lines between them."""
+    lines = []
+    for i in range(50):
+        city = ("Paris", "Zürich", "東京", "New York", "Lima")[i % 5]
+        answer = f"{city} lies by the sea" + ", and sleeps" * (i % 4) + "."
+        record = {"prompt": f"{i}: Where is {city}?" * (i % 3), "output": [answer, "x"] if i % 7 == 0 else answer}
+        lines += [json.dumps(record, ensure_ascii=i % 2 == 0), *([""] if i % 10 == 3 else [])]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path / "r.jsonl"
+
+
+def contents(batch: Batch) -> bytes:
+    """All that a batch holds, its shapes included."""
+    found = repr((batch.records, batch.student.lengths, batch.teacher.lengths)).encode()
+    for side in (batch.student, batch.teacher):
+        for name in ("input_ids", "attention_mask", "positions", "inputs", "labels"):
+            tensor = getattr(side, name)
+            found += repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes()
+    return found + batch.pairs.numpy().tobytes()
+
+
+def test_batches_are_what_they_were_when_all_records_were_held_in_memory(cities):
+    """The sum is that of the batches of the version that did."""
+    records, found = read_records(cities), hashlib.sha256()
+    for world_size in (1, 2):
+        for rank in range(world_size):
+            collator = Collator(records, Bytes(1), Bytes(2), Limits(60, 20, True), every_second)
+            steps = Steps(Plan(records.sizes, 7, 8, 2), collator, rank, world_size)
+            for batches in load_steps(steps, 0, 20, workers=0, pin_memory=False):
+                for batch in batches:
+                    found.update(contents(batch))
+    assert found.hexdigest() == "a63fbad38cbbe757e7bea1fc74d5ac9b81800e24dd8e1bf8f2ddcf3f730a1b7c"
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_records_that_change_under_a_run_end_it_in_one_line(cities, workers):
+    records = read_records(cities)
+    steps = Steps(Plan(records.sizes, 7, 8, 2), Collator(records, Bytes(1), None, Limits(60, 20)), 0, 1)
+    batches = load_steps(steps, 0, 600, workers, pin_memory=False)
+    assert len(next(batches)) == 4
+    cities.write_text("")
+    steps.collator.samples.made.clear()
+    with pytest.raises(UserError) as raised:
+        for _ in batches:
+            pass
+    assert str(raised.value).startswith(f"{cities}: was changed while it was in use")
 
 
 @pytest.mark.parametrize("shared", [True, False])

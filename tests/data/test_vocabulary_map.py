@@ -1,3 +1,6 @@
+import logging
+import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +13,6 @@ from support.plain import edit_distance
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dskd.config.errors import UserError
 from dskd.data import vocabulary_map as module
 from dskd.data.alignment import vocabulary_bytes
 from dskd.data.vocabulary_map import build_vocabulary_map, exact_ids, load, load_or_build, save, vocabulary_hash
@@ -169,24 +171,60 @@ def test_the_file_is_made_once_and_read_again(tmp_path, monkeypatch):
     assert read.teacher_hash == vocabulary_hash(teacher) != vocabulary_hash(student) == read.student_hash
 
 
-def test_a_file_of_other_vocabularies_is_refused(tmp_path):
-    ours, theirs, student = byte_level("ours"), byte_level("theirs"), byte_level("a")
-    load_or_build(tmp_path, ours, student, workers=1)
-    (path,) = tmp_path.iterdir()
-    save(path, build_vocabulary_map(theirs, student, workers=1))
-    with pytest.raises(UserError, match="maps other vocabularies") as error:
-        load_or_build(tmp_path, ours, student)
-    for named in (path.name, vocabulary_hash(ours), vocabulary_hash(theirs), vocabulary_hash(student)):
-        assert named in str(error.value)
+def changed(path: Path, **arrays: np.ndarray | None) -> None:
+    """Write a map's file with other arrays, or without some."""
+    with np.load(path) as before:
+        content = dict(before) | arrays
+    with path.open("wb") as file:
+        np.savez(file, **{name: array for name, array in content.items() if array is not None})
 
 
-def test_a_file_that_is_no_map_is_refused(tmp_path):
-    teacher, student = byte_level("a"), byte_level("b")
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def of_others(path: Path) -> None:
+    save(path, build_vocabulary_map(byte_level("theirs"), byte_level("mitten"), workers=1))
+
+
+USELESS = {
+    "an older one": (lambda path: changed(path, checksum=None), "it has no checksum"),
+    "another token": (lambda path: changed(path, student_ids=np.array([0, 0, -1], np.int32)), "its checksum is wrong"),
+    "another distance": (lambda path: changed(path, distance=np.array([0, 2, -1], np.int16)), "its checksum is wrong"),
+    "another type": (lambda path: changed(path, student_ids=np.array([0, 1, -1])), "its checksum is wrong"),
+    "another shape": (lambda path: changed(path, distance=np.array([[0, 1, -1]], np.int16)), "its checksum is wrong"),
+    "another checksum": (lambda path: changed(path, checksum=np.array("0" * 64)), "its checksum is wrong"),
+    "no text for a checksum": (lambda path: changed(path, checksum=np.arange(3)), "it cannot be read: .*"),
+    "other vocabularies": (of_others, "it maps other vocabularies"),
+    "one hash": (lambda path: changed(path, hashes=np.array(["a"])), "it cannot be read: .*"),
+    "no tokens": (lambda path: changed(path, student_ids=None), "it cannot be read: .*"),
+    "the beginning": (cut, "it cannot be read: .*"),
+    "nothing": (lambda path: path.write_bytes(b""), "it cannot be read: .*"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(np.arange(3))), "it cannot be read: .*"),
+    "an array alone": (lambda path: np.save(path.open("wb"), np.arange(3)), "it cannot be read: .*"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), USELESS.values(), ids=USELESS)
+def test_a_file_of_anything_else_is_told_and_made_anew(tmp_path, caplog, monkeypatch, spoil, reason):
+    monkeypatch.setattr(logging.getLogger("dskd"), "propagate", True)
+    teacher, student = byte_level("kitten", "xyz"), byte_level("mitten")
     load_or_build(tmp_path, teacher, student, workers=1)
     (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=f"{path.name} is no vocabulary map"):
-        load_or_build(tmp_path, teacher, student)
+    whole = path.read_bytes()
+    spoil(path)
+    assert path.read_bytes() != whole
+    found = load_or_build(tmp_path, teacher, student, workers=1)
+    np.testing.assert_array_equal(found.student_ids, [0, 1, -1])
+    np.testing.assert_array_equal(found.distance, [0, 1, -1])
+    said = set(caplog.messages)
+    assert len(said) == 1
+    assert re.fullmatch(f"{path} is not used and made anew: {reason}", said.pop())
+    caplog.clear()
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(module, "build_vocabulary_map", None)
+    load_or_build(tmp_path, teacher, student)
+    assert caplog.messages == []
 
 
 def test_exact_ids_are_those_at_distance_0(tiny):
@@ -201,7 +239,7 @@ def test_several_that_start_at_once_leave_one_whole_file(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         maps = list(pool.map(lambda _: load_or_build(tmp_path, teacher, student, workers=1), range(4)))
     (path,) = tmp_path.iterdir()
-    for found in (*maps, load(path)):
+    for found in (*maps, load(path, (vocabulary_hash(teacher), vocabulary_hash(student)))):
         np.testing.assert_array_equal(found.student_ids, [0, 1, -1])
 
 
@@ -216,7 +254,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
     monkeypatch.setattr(np, "savez", fail)
     with pytest.raises(OSError, match="disk full"):
-        save(path, load(path))
+        save(path, build_vocabulary_map(byte_level("a"), byte_level("b"), workers=1))
     assert path.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [path]
 
