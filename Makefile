@@ -6,6 +6,8 @@
 # make test-slurm   tests on a real Slurm cluster on this machine; needs root on Debian or Ubuntu
 # make soak         runs under random kills, failing disk calls and damaged files: KILLS=1000 DISK=200 DAMAGES=300 SEED=1
 # make bench        losses, a step, alignments and saving against their dense or plain forms; forty minutes
+# make fuzz         everything that is read, with inputs that nobody would write: N=10000 SEED=1
+# make mutants      mistakes made on purpose in a copy, each of which a test must notice; a quarter of an hour
 # All set up what they need in .venv on their first run; make image needs docker alone.
 
 PYTHON ?= python3
@@ -13,6 +15,7 @@ KILLS ?= 100
 DISK ?= 20
 DAMAGES ?= 30
 SEED ?= 1
+N ?= 2000
 VENV := .venv
 # An environment as a login node has it: the command line without torch.
 LOGIN_VENV := .venv-login
@@ -20,7 +23,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DOCKER ?= docker
 PIP_INSTALL = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt
 
-.PHONY: quickstart test test-faults test-slurm soak bench lint setup image test-image clean
+.PHONY: quickstart test test-faults test-slurm soak bench fuzz mutants lint setup image test-image clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -39,6 +42,12 @@ soak: $(VENV)/ready
 
 bench: $(VENV)/ready
 	PYTHONPATH=tests $(VENV)/bin/python -m bench
+
+fuzz: $(VENV)/ready
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz --count $(N) --seed $(SEED)
+
+mutants: $(VENV)/ready
+	PYTHONPATH=tests $(VENV)/bin/python -m mutants
 
 test-slurm: $(VENV)/ready
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -m slurm tests/slurm

@@ -70,8 +70,7 @@ def mend(own: RunDirectory, found: state.Found, keep_last: int) -> tuple[list[st
             retention.put_aside(folder)
         if found.folder is None:
             return [], []
-        if found.notes:  # whatever was wrong, others than the core read it as well
-            state.name_latest(own, found.folder)
+        state.name_latest(own, found.folder)  # others than the core read it as well
         best, notes = retention.sound_models(own, found.state.best)
         retention.retain(own, replace(found.state, best=best), keep_last)
     return [saved.folder for saved in best], notes

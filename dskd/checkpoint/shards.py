@@ -143,9 +143,26 @@ def save_pieces(engine: Any, file: Path, extra: dict[str, Tensor], notes: dict[s
 
 
 def read_notes(file: Any) -> dict[str, Any]:
-    """What `save_pieces` noted in an open file."""
-    notes: dict[str, Any] = json.loads(file.metadata()[NOTES])
+    """What `save_pieces` noted in an open file. Raises `ValueError` where it holds no such notes."""
+    try:
+        notes = json.loads((file.metadata() or {})[NOTES])
+    except (KeyError, ValueError, RecursionError):
+        notes = None
+    if not isinstance(notes, dict):
+        raise ValueError("a file of it does not say what it holds")
     return notes
+
+
+def read_table(file: Any) -> dict[str, tuple[int, int, int]]:
+    """Start, count and step of each parameter's piece in an open file. Raises `ValueError` where it tells none."""
+    notes = read_notes(file)
+    try:
+        found = {name: (start, count, step) for name, (start, count, step) in notes["pieces"].items()}
+        if all(type(number) is int and 0 <= number < 2**63 for piece in found.values() for number in piece):
+            return found
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    raise ValueError("a file of it does not say which parts of the parameters it holds")
 
 
 @torch.no_grad()
@@ -215,7 +232,7 @@ class PieceReader:
         self.stack = ExitStack()
         for path in self.files:
             file = self.stack.enter_context(safe_open(path, "pt"))
-            for name, (start, count, step) in read_notes(file)["pieces"].items():
+            for name, (start, count, step) in read_table(file).items():
                 self.table.setdefault(name, []).append((start, count, step, file))
         return self
 
@@ -232,7 +249,10 @@ class PieceReader:
         for at, size, _, file in self.table[name]:
             first, last = max(start, at), min(start + count, at + size)
             if first < last:
-                out[first - start : last - start] = file.get_slice(f"{key}:{name}")[first - at : last - at]
+                part = file.get_slice(f"{key}:{name}")[first - at : last - at]
+                if part.shape != (last - first,):
+                    raise ValueError(f"{name}: another shape than its file tells")
+                out[first - start : last - start] = part
                 found += last - first
         if found != count:
             raise ValueError(f"{name}: {found} of {count} values are in the state")

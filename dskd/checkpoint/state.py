@@ -12,6 +12,7 @@ nothing is kept of them. The teacher and frozen weights are read from their own 
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,12 @@ def complete(directory: RunDirectory, state: TrainState, written: dict[str, Any]
 
 
 def name_latest(directory: RunDirectory, folder: Path) -> None:
-    write_text(directory.latest, folder.name + "\n")
+    """Let LATEST name a state, whatever it holds now."""
+    text = folder.name + "\n"
+    with suppress(OSError, ValueError):
+        if directory.latest.read_text(encoding="utf-8") == text:
+            return
+    write_text(directory.latest, text)
 
 
 @dataclass(frozen=True)

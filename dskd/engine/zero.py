@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -50,6 +51,11 @@ def build_engine(module: nn.Module, projectors: nn.Module, run: RunConfig, confi
 
     AdamW; on a GPU with offloading DeepSpeed's compiled version for the CPU.
     """
+    if run.engine.precision == "bf16":
+        # DeepSpeed casts nothing of a model that was loaded in partitions, and refuses a mixture.
+        for p in module.parameters():
+            if not hasattr(p, "ds_id"):
+                p.data = p.data.to(torch.bfloat16)
     own = {id(p) for p in projectors.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     by_rate = {"lr": [p for p in trained if id(p) not in own], "projector_lr": [p for p in trained if id(p) in own]}
@@ -66,6 +72,12 @@ def build_engine(module: nn.Module, projectors: nn.Module, run: RunConfig, confi
     else:
         optimizer = torch.optim.AdamW(groups, lr=lr, fused=torch.cuda.is_available() or None)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        # Stage 0 in bf16: to make its state, it has taken a step on gradients of 0, which decays and counts.
+        for low, high in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            for weight, master in zip(low, high, strict=True):
+                master.data.copy_(weight.data)
+        optimizer.state.clear()
     return engine
 
 

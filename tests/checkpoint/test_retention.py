@@ -107,6 +107,17 @@ def test_a_damaged_best_model_of_a_finished_run_is_made_again(run_of, ranks):
     assert (directory.path / f"damaged-{name}.1").is_dir()
 
 
+@pytest.mark.parametrize("content", [None, "", "step5", "step99\n", "\x00\xff"])
+def test_a_damaged_latest_is_mended_though_the_run_is_finished(content, run_of, ranks):
+    run = run_of()
+    directory = RunDirectory(train(run, ranks))
+    directory.latest.unlink()
+    if content is not None:
+        directory.latest.write_text(content)
+    train(run, ranks)
+    assert directory.latest.read_text() == "step10\n"
+
+
 def test_saved_models_have_the_permissions_of_every_other_file(run_of, ranks):
     directory = RunDirectory(train(run_of(), ranks))
     usual = directory.settings.stat().st_mode

@@ -185,9 +185,9 @@ def test_a_method_is_added_from_outside(make_run, tmp_path, ranks, monkeypatch):
 
 
 def test_learning_rates():
-    cosine = TrainConfig(lr=1.0, projector_lr=2.0)
-    assert learning_rates(cosine, 1, 100) == {"lr": 1.0, "projector_lr": 2.0}
-    assert learning_rates(cosine, 51, 100)["lr"] == pytest.approx(0.5)
+    cosine = TrainConfig(lr=0.5, projector_lr=1.0)
+    assert learning_rates(cosine, 1, 100) == {"lr": 0.5, "projector_lr": 1.0}
+    assert learning_rates(cosine, 51, 100)["lr"] == pytest.approx(0.25)
     warm = TrainConfig(lr=1.0, warmup_ratio=0.1, schedule="linear")
     assert [learning_rates(warm, step, 100)["lr"] for step in (1, 10, 11, 56)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
     assert learning_rates(TrainConfig(lr=1.0, schedule="constant"), 100, 100)["lr"] == 1.0

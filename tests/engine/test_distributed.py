@@ -1,0 +1,73 @@
+"""What ranks decide together: one that wants something is enough, and one that fails is heard by all."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dskd.config.errors import UserError
+from dskd.engine.distributed import Ranks
+from dskd.engine.preemption import Decision, Flags, Stopped
+
+WISHES = ("stop", "save", "busy")
+
+
+def alone(*wishes):
+    """A rank without others that wants these things, and what its ranks decide."""
+    ranks = Ranks(0, 1, torch.device("cpu"), Flags(stop_requested="stop" in wishes))
+    return ranks, ranks.agree("save" in wishes, "busy" in wishes)
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """`other(values)`: from now on a second rank adds these in each sum."""
+    return lambda values: monkeypatch.setattr(dist, "all_reduce", lambda own: own.add_(torch.tensor(values)))
+
+
+def test_nothing_is_decided_that_no_rank_wants():
+    assert alone()[1] == Decision(False, False, False)
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_what_a_rank_wants_is_decided(wish):
+    ranks, decision = alone(wish)
+    assert decision == replace(Decision(False, False, False), **{wish: True})
+    assert ranks.flags.moves == 1
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_what_another_rank_wants_is_decided(wish, other):
+    other([float(wish == name) for name in WISHES])
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    assert ranks.agree() == replace(Decision(False, False, False), **{wish: True})
+
+
+def test_a_stop_that_another_rank_was_asked_for_stops_this_one(other):
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    other([0.0, 1.0, 1.0])
+    ranks.stop_if_asked()
+    other([1.0, 0.0, 0.0])
+    with pytest.raises(Stopped):
+        ranks.stop_if_asked()
+    assert not ranks.flags.stop_requested
+
+
+def test_a_sum_is_over_all_ranks(other):
+    other(5)
+    assert Ranks(0, 2, torch.device("cpu")).sum_int(3) == 8
+    assert Ranks(0, 1, torch.device("cpu")).sum_int(3) == 3
+
+
+def test_what_is_gathered_comes_back_as_json_brings_it(ranks):
+    value = {"text": "Kraków 🐋", "numbers": (1, 2.5, None), "empty": []}
+    assert ranks.gather(value) == [value | {"numbers": [1, 2.5, None]}]
+
+
+def test_a_mistake_that_a_rank_finds_is_told_by_all(ranks):
+    def fail():
+        raise UserError("train.lr: no")
+
+    with pytest.raises(UserError, match=r"^train\.lr: no$"):
+        ranks.together(fail)
+    assert ranks.together(lambda: 7) == [7]

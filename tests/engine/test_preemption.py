@@ -1,0 +1,57 @@
+"""What a signal does in a rank."""
+
+import os
+import signal
+
+import pytest
+
+from dskd.config.stopping import STOP_SIGNALS
+from dskd.engine.preemption import Stopped, ignore_signals, watch_signals
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of pytest come back."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("phase", ["step", "save"])
+def test_a_signal_is_kept_until_the_ranks_agree_on_it_however_often_it_comes(number, phase):
+    flags = watch_signals()
+    flags.phase = phase
+    assert not flags.stop_requested
+    for _ in range(3):
+        send(number)
+    assert flags.stop_requested
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_before_the_first_step_the_first_signal_stops_at_once(number):
+    flags = watch_signals()
+    with pytest.raises(Stopped):
+        send(number)
+    assert flags.stop_requested
+    send(number)  # and the next one does not interrupt what follows
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_helpers_ignore_what_the_whole_job_is_sent(number):
+    ignore_signals()
+    send(number)
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
+def test_a_phase_ends_where_it_began_and_counts_as_a_move():
+    flags = watch_signals()
+    flags.phase, moves = "step", flags.moves
+    with flags.during("save"):
+        assert flags.phase == "save"
+    assert (flags.phase, flags.moves) == ("step", moves + 1)
