@@ -55,10 +55,10 @@ class Monitor:
             self.add_handler(_AboveBar(self.progress), "%(message)s")
         else:
             self.add_handler(logging.StreamHandler(sys.stderr), "%(message)s")
-        self.board = self.tensorboard()
-        # TensorBoard writes in a thread of its own, whose errors come back here; there they are told already.
+        # TensorBoard writes in a thread of its own, whose errors are one line here and come back to us as well.
         self.stack.callback(setattr, threading, "excepthook", threading.excepthook)
         threading.excepthook = lambda failed: LOG.warning(f"thread {failed.thread}: {one_line(failed.exc_value)}")
+        self.board = self.tensorboard()
         return self
 
     def add_handler(self, handler: logging.Handler, format_: str) -> None:

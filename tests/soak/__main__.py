@@ -4,8 +4,8 @@
 
 Each campaign trains a run of ten steps (all methods in turn, ZeRO 2 and 3, one and two ranks, with and without a
 scratch folder), harms it three to eight times, and compares metrics and every final file with the run that nothing
-befell. It ends with a table, and exit code 1 where anything differed, hung, ended in a traceback or was lost. What failed
-stays in the folder.
+befell. It ends with a table, and exit code 1 where anything differed, hung, ended in a traceback or was lost. What
+failed stays in the folder.
 """
 
 import argparse
@@ -106,6 +106,9 @@ def main() -> int:
                 totals["kills"] += tally.kills
                 totals["disk"] += tally.disk_faults
                 totals["damages"] += tally.damages
+                if len(tallies) % 10 == 0:
+                    told = ", ".join(f"{count} {name}" for name, count in totals.items())
+                    print(f"{len(tallies)} campaigns: {told}", file=sys.stderr, flush=True)
                 for problem in tally.problems:
                     print(f"FAILED {problem}", file=sys.stderr, flush=True)
     show(tallies, time.monotonic() - started)

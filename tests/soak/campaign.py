@@ -133,6 +133,8 @@ def what_is_wrong(kind: str, codes: list[int], said: str) -> str | None:
 
 def differences(reference: Path, directory: Path, root: Path) -> list[str]:
     found = []
+    if not (directory / "resume" / "LATEST").is_file():
+        return ["no LATEST"]
     if figures(directory) != figures(reference):
         found.append("metrics differ")
     expected, actual = sums(reference), sums(directory)
