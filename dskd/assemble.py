@@ -33,7 +33,7 @@ from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
 from dskd.models.load import load_projectors, load_student, load_tokenizer
 from dskd.models.views import ModelBody, ModelEnds, ModelView, check_view, check_vocabulary, response_tokens
 from dskd.rundir.files import as_user_error
-from dskd.rundir.read import Schedule
+from dskd.rundir.read import RunLength
 from dskd.teachers.resident import load_resident
 from dskd.teachers.teacher import Teacher
 
@@ -66,7 +66,7 @@ class Training:
     """The student's."""
     teacher: Teacher | None
     plan: Plan
-    schedule: Schedule
+    length: RunLength
     train: Collator
     dev: Collator
 
@@ -118,13 +118,13 @@ def assemble(run: RunConfig, ranks: Ranks) -> Training:
     align = aligner(run.method.alignment, other_tokenizer, tokenizer) if other_tokenizer is not None else None
     train_data = Collator(train_records, tokenizer, other_tokenizer, limits, align)
     dev_data = Collator(dev_records, tokenizer, None, limits)
-    schedule = schedule_of(run, plan)
-    return Training(run, ranks, engine, view.ends, teacher, plan, schedule, train_data, dev_data)
+    length = length_of(run, plan)
+    return Training(run, ranks, engine, view.ends, teacher, plan, length, train_data, dev_data)
 
 
-def schedule_of(run: RunConfig, plan: Plan) -> Schedule:
+def length_of(run: RunConfig, plan: Plan) -> RunLength:
     steps = plan.steps_per_epoch * run.train.epochs
-    return Schedule(min(steps, run.train.max_steps or steps), plan.steps_per_epoch)
+    return RunLength(min(steps, run.train.max_steps or steps), plan.steps_per_epoch)
 
 
 def plan_of(run: RunConfig, records: Records) -> Plan:

@@ -47,11 +47,11 @@ def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
                 print(f"{directory.path}: finished already; best model {past.state.best[0].folder}")
             return directory.path
         training = assemble(run, ranks)
-        manager = CheckpointManager(run, ranks, training.engine, training.schedule)
+        manager = CheckpointManager(run, ranks, training.engine, training.length)
         state = manager.restore(past)
         ranks.flags.phase = "step"
         ranks.stop_if_asked()
-        total, steps = training.schedule.total_steps, Steps(training.plan, training.train, ranks.rank, ranks.world_size)
+        total, steps = training.length.total_steps, Steps(training.plan, training.train, ranks.rank, ranks.world_size)
         pin_memory = ranks.device.type == "cuda"
         batches = load_steps(steps, state.step, total, run.data.workers, pin_memory, ignore_signals)
         monitor = stack.enter_context(Monitor(directory, total, ranks.is_main, state.step))
@@ -88,7 +88,7 @@ def evaluate_if_due(training: Training, manager: CheckpointManager, monitor: Mon
 
 
 def epoch_of(training: Training, step: int) -> int:
-    return (step - 1) // training.schedule.steps_per_epoch + 1
+    return (step - 1) // training.length.steps_per_epoch + 1
 
 
 def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -101,7 +101,7 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) ->
     if method.counts_itself and len(batches) > 1:
         teachers = list(teachers)
     scale_parts = part_scale(training, tokens, len(batches), teachers)
-    rates = learning_rates(training.run.train, step, training.schedule.total_steps)
+    rates = learning_rates(training.run.train, step, training.length.total_steps)
     set_learning_rates(engine, rates)
     method.start_step()
     outputs: list[LossOutput] = []
@@ -208,9 +208,9 @@ def learning_rates(train: TrainConfig, step: int, total_steps: int) -> dict[str,
 
 def is_due(training: Training, step: int) -> bool:
     """Whether an evaluation and a saved model follow `step`."""
-    per_epoch = training.schedule.steps_per_epoch
+    per_epoch = training.length.steps_per_epoch
     epoch_done = step % per_epoch == 0 and (step // per_epoch) % training.run.eval.every_epochs == 0
-    return epoch_done or step == training.schedule.total_steps
+    return epoch_done or step == training.length.total_steps
 
 
 @torch.no_grad()
@@ -235,7 +235,7 @@ def evaluate_dev(training: Training) -> Scores:
 
 
 def announce(training: Training, state: TrainState, notes: Sequence[str]) -> None:
-    run, student, total = training.run, training.distiller.student, training.schedule.total_steps
+    run, student, total = training.run, training.distiller.student, training.length.total_steps
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters() if p.requires_grad)
     LOG.info(
         f"{run.method.kind}: {run.student.path.name}, {trained / 1e6:.1f} M trained weights, "

@@ -19,13 +19,13 @@ from dskd.config.run import RunConfig
 from dskd.engine.metrics import LOG
 from dskd.rundir.files import as_user_error, read_json, write_json, write_text
 from dskd.rundir.layout import RunDirectory
-from dskd.rundir.read import Schedule
+from dskd.rundir.read import RunLength
 from dskd.rundir.train_state import TrainState
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors")
 
 
-def write_settings(run: RunConfig, schedule: Schedule) -> list[str]:
+def write_settings(run: RunConfig, length: RunLength) -> list[str]:
     """Write what runs into the run directory: run.yaml (resolved) and args.json (with versions).
 
     Returns which versions differ from those of the start before, for the log.
@@ -38,7 +38,7 @@ def write_settings(run: RunConfig, schedule: Schedule) -> list[str]:
         except UserError:  # it is only told, and written anew
             before = {}
         write_text(directory.settings, to_yaml(run))
-        write_json(directory.args, now | {"schedule": asdict(schedule)})
+        write_json(directory.args, now | {"length": asdict(length)})
     old, new = versions(before), versions(now)
     return [
         f"{name}: {old[name]} -> {new[name]} since the last start"

@@ -19,7 +19,7 @@ from dskd.engine.preemption import Decision, Stopped
 from dskd.rundir import lock
 from dskd.rundir.files import as_user_error
 from dskd.rundir.layout import ModelName, RunDirectory, StateName
-from dskd.rundir.read import Schedule
+from dskd.rundir.read import RunLength
 from dskd.rundir.train_state import TrainState
 
 
@@ -91,8 +91,8 @@ def with_models(found: TrainState, sound: Sequence[str]) -> TrainState:
 class CheckpointManager:
     """Saves a run's state when it is due, and brings it back."""
 
-    def __init__(self, run: RunConfig, ranks: Ranks, engine: Any, schedule: Schedule) -> None:
-        self.run, self.ranks, self.engine, self.schedule = run, ranks, engine, schedule
+    def __init__(self, run: RunConfig, ranks: Ranks, engine: Any, length: RunLength) -> None:
+        self.run, self.ranks, self.engine, self.length = run, ranks, engine, length
         self.directory = RunDirectory.of(run)
         self.staging = Staging(run.checkpoint.scratch_dir, self.directory.path, ranks.rank)
         self.kept: StateName | None = None
@@ -106,7 +106,7 @@ class CheckpointManager:
 
     def restore(self, past: Past) -> TrainState:
         """Load the state that was found, and make the run directory what it was then, or a new one. Collective."""
-        total = self.schedule.total_steps
+        total = self.length.total_steps
         if past.state.step > total:
             raise UserError(f"train: the run has made {past.state.step} steps, more than {total}")
         if past.folder is not None:
@@ -118,7 +118,7 @@ class CheckpointManager:
 
     def prepare_directory(self, past: Past) -> list[str]:
         """On the main rank; what the log should tell."""
-        notes = directory.write_settings(self.run, self.schedule)
+        notes = directory.write_settings(self.run, self.length)
         with as_user_error(self.directory.path):
             directory.clean(self.directory)
             directory.cut_metrics(self.directory, past.state.metrics_bytes)
@@ -141,7 +141,7 @@ class CheckpointManager:
             UserError: on all ranks, where one cannot write; the state before this one stays.
         """
         decision = self.ranks.agree(save=time.monotonic() >= self.save_at, busy=self.staging.busy)
-        finished = now.step == self.schedule.total_steps and not now.pending
+        finished = now.step == self.length.total_steps and not now.pending
         self.due = self.due or self.is_due(now.step, decision)
         at_once = decision.stop or finished
         if at_once or not decision.busy:
@@ -181,8 +181,8 @@ class CheckpointManager:
             retention.retain(self.directory, saved, self.run.checkpoint.keep_last, now.best)
 
     def is_due(self, step: int, decision: Decision) -> bool:
-        every, epoch_done = self.run.checkpoint.every_steps, step % self.schedule.steps_per_epoch == 0
-        return epoch_done or step == self.schedule.total_steps or decision.save or bool(every and step % every == 0)
+        every, epoch_done = self.run.checkpoint.every_steps, step % self.length.steps_per_epoch == 0
+        return epoch_done or step == self.length.total_steps or decision.save or bool(every and step % every == 0)
 
     def set_clock(self) -> None:
         minutes = self.run.checkpoint.every_minutes

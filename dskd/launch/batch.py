@@ -16,6 +16,7 @@ from dskd.launch.ranks import free_port, new_secret
 from dskd.launch.task import ASKED
 from dskd.rundir.jobs import Ending, Job, Jobs, Meeting, Start
 from dskd.rundir.layout import runs_file
+from dskd.rundir.read import is_complete
 
 PREEMPTED = "preempted"
 SLURM_SIGNALS_EARLY = 90.0
@@ -53,9 +54,9 @@ def begin(jobs: Jobs) -> int:
 def finish(jobs: Jobs, code: int) -> int:
     """Write the end of a start down, requeue the job where it helps; the batch script's exit code."""
     job, start = submitted(jobs), jobs.starts()[-1]
-    if jobs.is_cancelled():
+    if jobs.is_cancelled() and not is_complete(jobs.directory):  # the request may come with the last step
         jobs.end_start(start.number, "cancelled", f"cancelled; state at step {jobs.state_step()}")
-        slurm.patiently(lambda: slurm.run("scancel", slurm_id()))
+        slurm.cancel(slurm_id())
         return code
     ending = jobs.ending() or Ending(False, f"srun ended with {code}")
     if ending.again:

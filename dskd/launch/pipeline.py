@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def submit_pipeline(stages: Sequence[Stage], cluster_name: str, cluster: Cluster
             yield stage, ", ".join([*numbered(ids), *there_already(stage, queued)])
     except UserError:
         if submitted:
-            slurm.patiently(lambda: slurm.run("scancel", *submitted))
+            with suppress(UserError):  # why the submission failed is what matters
+                slurm.cancel(*submitted)
         raise
 
 

@@ -12,6 +12,7 @@ import stamina
 from dskd.config.errors import UserError
 
 UNREACHABLE = re.compile(r"Unable to contact slurm controller|Connection refused|Zero Bytes were transmitted", re.I)
+GONE = re.compile(r"Invalid job id|already completing or completed", re.I)
 ATTEMPTS, WAIT, SECONDS = 4, 1.0, 30.0
 # What sbatch says when it refuses, and the key of the cluster profile that it is about.
 KEYS = (
@@ -106,6 +107,17 @@ def queue(ids: Sequence[str]) -> dict[str, QueueEntry]:
     return {i: QueueEntry(state, nodes, reason) for i, state, nodes, reason in entries if i in set(ids)}
 
 
+def cancel(*jobs: str, options: Sequence[str] = ()) -> bool:
+    """Let `scancel` end jobs, or signal them; whether they were in the queue still. Raises `UserError`."""
+    try:
+        patiently(lambda: run("scancel", *options, *jobs))
+    except subprocess.CalledProcessError as error:
+        if GONE.search(error.stderr):
+            return False
+        raise UserError(f"scancel failed: {one_line(error.stderr)}") from None
+    return True
+
+
 def ended(ids: Sequence[str]) -> dict[str, QueueEntry]:
     """What accounting, or without it the controller's memory, knows of jobs that left the queue."""
     found = {i: entry for i in ids if (entry := _from_controller(i))}
@@ -130,4 +142,5 @@ def _from_accounting(ids: Sequence[str]) -> dict[str, QueueEntry]:
     except (subprocess.CalledProcessError, Unreachable, FileNotFoundError):
         return {}  # a cluster without accounting
     rows = [line.split("|") for line in text.splitlines()]
-    return {i: QueueEntry(state.split()[0], nodes, "") for i, state, nodes in rows if i in set(ids)}
+    known = [(i, state.split()[0], "" if nodes == "None assigned" else nodes) for i, state, nodes in rows]
+    return {i: QueueEntry(state, nodes, "") for i, state, nodes in known if i in set(ids)}

@@ -11,7 +11,7 @@ from dskd.config.errors import UserError
 from dskd.launch import slurm
 from dskd.rundir.jobs import Job, Jobs, Start
 from dskd.rundir.layout import RunDirectory
-from dskd.rundir.read import TAIL_BYTES, read_rougel, read_schedule, read_steps
+from dskd.rundir.read import TAIL_BYTES, read_length, read_rougel, read_steps
 
 RECENT_STEPS = 20
 """Steps over which speed is averaged."""
@@ -141,8 +141,8 @@ class Pace:
 
 
 def pace_of(jobs: Jobs) -> Pace:
-    steps, schedule = read_steps(jobs.directory, TAIL_BYTES), read_schedule(jobs.directory)
-    total, recent = None if schedule is None else schedule.total_steps, steps[-RECENT_STEPS:]
+    steps, length = read_steps(jobs.directory, TAIL_BYTES), read_length(jobs.directory)
+    total, recent = None if length is None else length.total_steps, steps[-RECENT_STEPS:]
     if not recent:
         return Pace(None, total, None, None)
     step, seconds = int(recent[-1]["step"]), fmean(line["seconds"] for line in recent)
@@ -162,7 +162,7 @@ def after_the_queue(jobs: Jobs, job: Job, own: Sequence[Start], entry: slurm.Que
         )
         return state, first_words(jobs) or note, entry.nodes
     if not own:
-        return state, f"{word}: {entry.reason}", entry.nodes
+        return state, word + (f": {entry.reason}" if entry.reason else ""), entry.nodes
     hint = "" if word != "TIMEOUT" else "; it did not stop in time: a longer signal_seconds may help"
     return state, f"{word}{hint}; state at step {jobs.state_step()}", entry.nodes
 

@@ -120,16 +120,17 @@ def claimed(runs: Sequence[Jobs]) -> Iterator[None]:
 
 @contextmanager
 def restored(runs: Sequence[Jobs]) -> Iterator[None]:
-    """If the submission fails, what is known of an earlier one stays as it was."""
-    before = [jobs.read() for jobs in runs]
+    """If the submission fails, what is known of an earlier one stays as it was: `dskd resume` would take it."""
+    kept = [(jobs, file) for jobs in runs for file in (*jobs.folder.submitted, jobs.folder.cancel)]
+    before = [file.read_text(encoding="utf-8") if file.is_file() else None for _, file in kept]
     try:
         yield
     except BaseException:
-        for jobs, job in zip(runs, before, strict=True):
-            if job is not None:
-                jobs.write(job)
+        for (jobs, file), text in zip(kept, before, strict=True):
+            if text is not None:
+                jobs.write_file(file, text)
             else:
-                jobs.folder.submission.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
         raise
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from dskd.config.cluster import ClusterConfig
@@ -124,8 +123,8 @@ def cancel_runs(directories: Sequence[Path], now: bool) -> None:
             print(f"{directory}: job {job.id} is not in the queue")
         elif entry.state == "RUNNING" and not now:
             jobs.write_file(jobs.folder.cancel, "")
-            slurm.patiently(partial(slurm.run, "scancel", "--signal=USR2", job.id))
+            slurm.cancel(job.id, options=["--signal=USR2"])
             print(f"job {job.id}: asked to save its state and to stop; `dskd status {directory}` shows when it has")
         else:
-            slurm.patiently(partial(slurm.run, "scancel", job.id))
-            print(f"job {job.id}: cancelled")
+            there = slurm.cancel(job.id)
+            print(f"job {job.id}: " + ("cancelled" if there else "has left the queue by now"))

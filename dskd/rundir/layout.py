@@ -202,6 +202,11 @@ class JobFolder:
         return self.path / "script.sh"
 
     @property
+    def submitted(self) -> tuple[Path, ...]:
+        """What a submission writes."""
+        return self.submission, self.settings, self.cluster, self.script
+
+    @property
     def submitit(self) -> Path:
         return self.path / "submitit"
 

@@ -36,18 +36,18 @@ def require_run(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RunLength:
     """How long a run is, as args.json says it since its last start."""
 
     total_steps: int
     steps_per_epoch: int
 
 
-def read_schedule(directory: RunDirectory) -> Schedule | None:
+def read_length(directory: RunDirectory) -> RunLength | None:
     """None for a run that has not begun, or that a version of dskd began which did not write it down."""
-    found = (read_json(directory.args) or {}).get("schedule")
+    found = (read_json(directory.args) or {}).get("length")
     try:
-        return None if found is None else cattrs.structure(found, Schedule)
+        return None if found is None else cattrs.structure(found, RunLength)
     except (cattrs.BaseValidationError, TypeError, ValueError, KeyError):
         raise UserError(f"{directory.args}: is damaged: it does not say how long the run is") from None
 

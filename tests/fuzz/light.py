@@ -20,7 +20,7 @@ from dskd.rundir.collect import collect, read_index
 from dskd.rundir.files import read_manifest
 from dskd.rundir.jobs import Job, Jobs, Meeting, Start
 from dskd.rundir.layout import RunDirectory, StateName
-from dskd.rundir.read import newest_state, read_evaluations, read_rougel, read_schedule, read_steps
+from dskd.rundir.read import newest_state, read_evaluations, read_length, read_rougel, read_steps
 from dskd.rundir.train_state import SavedModel, Scores, TrainState, read_state
 from fuzz.mutations import of_bytes, of_json, of_json_lines, of_texts, of_yaml
 from fuzz.run import Harm, Target, check_script
@@ -160,9 +160,9 @@ def light_targets(folder: Path) -> list[Target]:
         ),
         Target(
             "args.json",
-            [data({"schedule": {"total_steps": 90, "steps_per_epoch": 9}})],
+            [data({"length": {"total_steps": 90, "steps_per_epoch": 9}})],
             of_json,
-            into("run/args.json", lambda _: read_schedule(directory)),
+            into("run/args.json", lambda _: read_length(directory)),
         ),
         Target(
             "metrics",

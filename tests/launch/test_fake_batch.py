@@ -1,5 +1,6 @@
 """What the batch script runs before and after the ranks, with programs in the place of Slurm's."""
 
+import json
 import os
 import re
 import signal
@@ -160,6 +161,18 @@ def test_a_cancelled_run_leaves_the_queue_however_it_ended(slurm, jobs, ending):
     assert slurm.calls("scancel") == [["101"]]
     assert slurm.calls("scontrol") == []
     assert slurm.state("101") == "CANCELLED"
+
+
+def test_a_run_that_was_cancelled_during_its_last_step_is_finished(slurm, jobs):
+    jobs.add_start("101", "node1")
+    save_state(jobs, 6)
+    state = jobs.directory.states / jobs.state() / "state.json"
+    state.parent.mkdir(exist_ok=True)
+    state.write_text(json.dumps({"format": 1, "world_size": 1, "step": 6, "finished": True}))
+    jobs.folder.cancel.touch()
+    assert batch(slurm, "101", "finish", 0).returncode == 0
+    assert outcomes(jobs.directory.path) == [("finished", "")]
+    assert slurm.calls("scancel") == []
 
 
 def test_an_element_of_an_array_is_a_run_of_its_own(slurm, run):

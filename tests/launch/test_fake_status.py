@@ -6,6 +6,7 @@ import pytest
 from support.cluster import dskd
 from support.fake_slurm import FakeSlurm, submitted, typed
 
+from dskd.launch import slurm as commands
 from dskd.launch.status import statuses
 from dskd.rundir.jobs import LOST, Jobs
 
@@ -46,7 +47,7 @@ def save_state(directory, step: int) -> None:
 
 def make_steps(directory, count: int, total: int) -> None:
     """The first ten steps are slow, those after them change between two speeds."""
-    (directory / "args.json").write_text(json.dumps({"schedule": {"total_steps": total, "steps_per_epoch": 5}}))
+    (directory / "args.json").write_text(json.dumps({"length": {"total_steps": total, "steps_per_epoch": 5}}))
     with (directory / "metrics.jsonl").open("w") as metrics:
         for step in range(1, count + 1):
             speed, seconds = (100, 9.0) if step <= 10 else (1000 + 1000 * (step % 2), 3.0)
@@ -223,3 +224,20 @@ def test_what_was_never_submitted_can_not_be_cancelled(slurm, directory):
     line = typed("cancel", directory.parent, code=2)
     assert line == f"dskd: {directory.parent}: not a submitted run (no job/job.json in it)"
     assert slurm.calls("scancel") == []
+
+
+def test_a_job_that_left_the_queue_at_this_moment_is_told_as_gone_and_no_traceback(slurm, run, monkeypatch):
+    (directory,) = submitted(run, "--cluster", slurm.profile())
+    entry = {"101": commands.QueueEntry("PENDING", "", "Priority")}
+    monkeypatch.setattr(commands, "queue", lambda ids: entry)  # what squeue said a moment ago
+    slurm.forget("101")
+    with slurm.queue.changed() as values:
+        values["jobs"].clear()
+    assert typed("cancel", directory) == "job 101: has left the queue by now\n"
+
+
+def test_a_pending_job_that_was_cancelled_had_no_node(slurm, run):
+    (directory,) = submitted(run, "--cluster", slurm.profile())
+    slurm.change("101", state="CANCELLED")
+    slurm.forget("101")
+    assert "job 101 cancelled (CANCELLED)\n" in typed("status", directory)

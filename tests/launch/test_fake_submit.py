@@ -113,6 +113,17 @@ def test_after_a_refusal_what_was_known_of_earlier_submissions_is_known_still(sl
     assert all(job.minutes == 60 and job.id for job in before)
 
 
+def test_after_a_refusal_a_run_is_resumed_as_it_was_submitted_before(slurm, run):
+    """The profile, the settings and the script of a submission that came to nothing are forgotten with it."""
+    (directory,) = submitted(run, "--cluster", slurm.profile(account="first"))
+    slurm.change("101", state="COMPLETED")
+    files = Jobs.at(directory).folder.submitted
+    before = [file.read_text() for file in files]
+    slurm.tell(answers=["Batch job submission failed: Invalid account"])
+    typed("submit", run, "--cluster", slurm.profile(account="second"), "train.lr=1e-5", code=2)
+    assert [file.read_text() for file in files] == before
+
+
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING"])
 def test_a_run_that_is_in_the_queue_is_not_submitted_again(slurm, run, state):
     (directory,) = submitted(run, "--cluster", slurm.profile())
