@@ -316,6 +316,7 @@ def to_yaml(settings: object) -> str:
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
+    yaml.width = 2**20  # no folded lines: a space where one was folded would not come back as it went
     yaml.allow_unicode = False  # escapes: some line breaks of Unicode would not come back as they went
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(to_plain(settings), text)

@@ -180,6 +180,13 @@ def test_a_run_survives_yaml(tmp_path_factory, values):
     assert load_run(file) == run
 
 
+@pytest.mark.parametrize("name", ["\U00010000" * 8 + "0 0", "a " * 100 + "b", "\ue000 " * 30 + "x"])
+def test_a_long_text_with_spaces_survives_yaml(write, name):
+    run = load_run(write("run.yaml"), [f"description={json.dumps(name, ensure_ascii=False)}"])
+    assert run.description == name
+    assert load_run(write("resolved.yaml", to_yaml(run))) == run
+
+
 def test_a_run_with_defaults_alone_survives_yaml(write):
     run = load_run(write("run.yaml", BASE.replace("output: {root: /o}\n", "")))
     assert load_run(write("resolved.yaml", to_yaml(run))) == run
