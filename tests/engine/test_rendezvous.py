@@ -22,8 +22,8 @@ distributed.stop()
 INTRUDER = """
 import sys, datetime
 import torch.distributed as dist
-store = dist.TCPStore(sys.argv[1], int(sys.argv[2]), 2, False, datetime.timedelta(seconds=8), wait_for_workers=False)
-dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=datetime.timedelta(seconds=8))
+store = dist.TCPStore(sys.argv[1], int(sys.argv[2]), 2, False, datetime.timedelta(seconds=4), wait_for_workers=False)
+dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=datetime.timedelta(seconds=4))
 print("joined")
 """
 
@@ -82,7 +82,7 @@ def test_who_does_not_know_the_secret_joins_no_group(start, knows):
         intruder = start(INTRUDER, "127.0.0.1", port)
     else:
         intruder = start(MEMBER, **rank_environment(1, 2, port, new_secret()))
-        time.sleep(5)
+        time.sleep(3)
     if knows == "the port alone":
         assert intruder.wait(60) != 0
         assert "joined" not in intruder.stdout.read()

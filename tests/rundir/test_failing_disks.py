@@ -58,9 +58,9 @@ def write(shim, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3])
+@pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize("call", ["write", "fsync", "open"])
-@pytest.mark.parametrize("error", [5, 28, 116])  # EIO, ENOSPC, ESTALE
+@pytest.mark.parametrize("error", [28, 116])  # ENOSPC, ESTALE
 def test_what_fails_once_is_done_again(call, error, after, write):
     folder, said = write(DiskFault(call, after, error, 1))
     assert said == ""
