@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 from dskd.config.run import RunConfig, accumulation_steps, check_folders, check_paths
@@ -53,6 +54,7 @@ def train_as_rank(run: RunConfig, force: bool) -> None:
         reason = watchdog.why_lost(error)
         if reason is None:
             raise
+        print(*traceback.format_tb(error.__traceback__), sep="", end="", file=sys.stderr)  # where it waited
         watchdog.end_here(reason)
 
 
