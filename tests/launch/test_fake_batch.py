@@ -9,24 +9,11 @@ import sys
 
 import pytest
 from support.cluster import outcomes
-from support.fake_slurm import FakeSlurm, submitted
+from support.fake_slurm import submitted
 
 from dskd.launch.status import statuses
 from dskd.launch.task import ASKED
 from dskd.rundir.jobs import Ending, Jobs
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    fake = FakeSlurm(tmp_path)
-    fake.install(monkeypatch)
-    yield fake
-    fake.end_all()
-
-
-@pytest.fixture
-def run(make_run, tmp_path):
-    return make_run(tmp_path, method={"kind": "sft"}, teacher=None)
 
 
 @pytest.fixture

@@ -4,20 +4,12 @@ import json
 
 import pytest
 from support.cluster import dskd
-from support.fake_slurm import FakeSlurm, typed
+from support.fake_slurm import typed
 
 from dskd.config.load import load_run
 from dskd.rundir.jobs import Jobs
 
 REFUSED = "Batch job submission failed: Invalid account or account/partition combination specified"
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    fake = FakeSlurm(tmp_path)
-    fake.install(monkeypatch)
-    yield fake
-    fake.end_all()
 
 
 @pytest.fixture

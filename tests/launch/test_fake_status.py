@@ -4,24 +4,11 @@ import json
 
 import pytest
 from support.cluster import dskd
-from support.fake_slurm import FakeSlurm, submitted, typed
+from support.fake_slurm import submitted, typed
 
 from dskd.launch import slurm as commands
 from dskd.launch.status import statuses
 from dskd.rundir.jobs import LOST, Jobs
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    fake = FakeSlurm(tmp_path)
-    fake.install(monkeypatch)
-    yield fake
-    fake.end_all()
-
-
-@pytest.fixture
-def run(make_run, tmp_path):
-    return make_run(tmp_path, method={"kind": "sft"}, teacher=None)
 
 
 @pytest.fixture

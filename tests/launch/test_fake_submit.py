@@ -7,24 +7,11 @@ import sys
 
 import pytest
 from support.cluster import submit
-from support.fake_slurm import FakeSlurm, submitted, typed
+from support.fake_slurm import submitted, typed
 
 from dskd.config.load import load_run
 from dskd.launch import slurm as commands
 from dskd.rundir.jobs import Jobs
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    fake = FakeSlurm(tmp_path)
-    fake.install(monkeypatch)
-    yield fake
-    fake.end_all()
-
-
-@pytest.fixture
-def run(make_run, tmp_path):
-    return make_run(tmp_path, method={"kind": "sft"}, teacher=None)
 
 
 def mode(path) -> int:

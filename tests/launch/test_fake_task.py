@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from support.cluster import dskd, outcomes, submit
-from support.fake_slurm import FakeSlurm, submitted, typed
+from support.fake_slurm import submitted, typed
 
 from dskd.launch.status import statuses
 from dskd.launch.task import ASKED
@@ -26,19 +26,6 @@ sys.exit(task.run_task(Path(sys.argv[1]), tuple(sys.argv[2:])))
 WAIT = "while :; do sleep 0.1; done"
 PLACE = {"SLURM_JOB_ID": "12007", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[3-4]"}
 PLACE |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SUBMITIT_EXECUTOR": "slurm", "DSKD_START": "2"}
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    fake = FakeSlurm(tmp_path)
-    fake.install(monkeypatch)
-    yield fake
-    fake.end_all()
-
-
-@pytest.fixture
-def run(make_run, tmp_path):
-    return make_run(tmp_path, method={"kind": "sft"}, teacher=None)
 
 
 @pytest.fixture

@@ -1,28 +1,13 @@
 """The environment of a profile may hold secrets: who can read them on the disk, and what shows them."""
 
 import json
-import os
 import stat
 from pathlib import Path
 
 import pytest
 from support.cluster import dskd, submit
-from support.fake_slurm import FakeSlurm
 
 SECRET = "hf_5ecret0123456789"
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    fake = FakeSlurm(tmp_path)
-    monkeypatch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
-    yield fake
-    fake.end_all()
-
-
-@pytest.fixture
-def run(make_run, tmp_path):
-    return make_run(tmp_path, method={"kind": "sft"}, teacher=None)
 
 
 def holding_secret(root: Path) -> set[Path]:
