@@ -34,7 +34,7 @@ from dskd.models.load import load_projectors, load_student, load_tokenizer
 from dskd.models.views import ModelBody, ModelEnds, ModelView, check_view, check_vocabulary, response_tokens
 from dskd.rundir.files import as_user_error
 from dskd.rundir.read import RunLength
-from dskd.teachers.resident import load_resident
+from dskd.teachers.backends import load_teacher
 from dskd.teachers.teacher import Teacher
 
 
@@ -94,7 +94,7 @@ def assemble(run: RunConfig, ranks: Ranks) -> Training:
             other_tokenizer = teacher_tokenizer
             refuse_other_vocabulary(run.method)
             student_ids = aligned_vocabulary(run, teacher_tokenizer, tokenizer, ranks)
-        teacher = load_resident(run.teacher, teacher_tokenizer, run.engine.precision, ranks.device)
+        teacher = load_teacher(run.teacher, teacher_tokenizer, run.engine.precision, ranks)
 
     config = deepspeed_config(run, ranks.world_size, accumulation)
     with partitioned_loading(config):
