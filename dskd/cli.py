@@ -114,16 +114,11 @@ def collect(
     to: Annotated[Path, typer.Option(help="Where the models and index.json go.")],
 ) -> None:
     """Gather the saved models of many runs in one place, verified, with an index; what is there is not copied again."""
-    from rich.console import Console
-    from rich.table import Table
+    from dskd.config.run import check_folder
+    from dskd.show import show_collected
 
-    from dskd.rundir.collect import collect as collect_into
-
-    table = Table("model", "step", "dev loss", "ROUGE-L", "MB", box=None, pad_edge=False, header_style="bold")
-    for model in collect_into(run_directories, to):
-        rougel = "" if model.rougel is None else f"{model.rougel:.2f}"
-        table.add_row(model.folder, str(model.step), f"{model.dev_loss:.4f}", rougel, f"{model.size / 1e6:.1f}")
-    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+    check_folder("--to", to)
+    show_collected(run_directories, to)
 
 
 @app.command()
@@ -287,22 +282,9 @@ def settings(
     cluster: Annotated[bool, typer.Option("--cluster", help="Those of a cluster profile instead.")] = False,
 ) -> None:
     """List every key of a run file, or of a cluster profile, with its type, default and help."""
-    from rich.console import Console
-    from rich.table import Table
+    from dskd.show import show_settings
 
-    from dskd.config.cluster import ClusterConfig
-    from dskd.config.run import RunConfig
-    from dskd.config.settings import list_settings
-
-    kind = ClusterConfig if cluster else RunConfig
-    found = list_settings(prefix, kind)
-    if not found:
-        areas = ", ".join(dict.fromkeys(s.key.partition(".")[0].partition("(")[0] for s in list_settings(kind=kind)))
-        raise UserError(f"settings: no key begins with {prefix!r}; areas: {areas}")
-    table = Table("key", "type", "default", "help", box=None, pad_edge=False, header_style="bold")
-    for setting in found:
-        table.add_row(setting.key, setting.type, setting.default, setting.help)
-    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+    show_settings(prefix, cluster)
 
 
 @app.command()
@@ -310,24 +292,9 @@ def recipes(
     folder: Annotated[Path | None, typer.Argument(help="Where to look; default: the jobs that come with dskd.")] = None,
 ) -> None:
     """List the run files in jobs/, one line each: method, student, teacher and what else there is to say."""
-    from rich.console import Console
-    from rich.table import Column, Table
+    from dskd.show import show_recipes
 
-    from dskd.config.recipes import find_recipes
-
-    terminal = sys.stdout.isatty()
-    table = Table(
-        Column("recipe", overflow="fold"),
-        *("method", "student", "teacher"),
-        Column("description", no_wrap=True, ratio=1 if terminal else None),  # what the terminal has left over
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        expand=terminal,
-    )
-    for recipe in find_recipes(folder):
-        table.add_row(str(recipe.file), recipe.method, recipe.student, recipe.teacher, recipe.description)
-    Console(width=None if terminal else 1000, markup=False, highlight=False).print(table)
+    show_recipes(folder)
 
 
 @app.command()

@@ -157,6 +157,7 @@ EARLY = [
     (("evaluate", "model", "--data", "dev.jsonl", "--seeds", "9" * 5000), "--seeds: different whole numbers are expec"),
     (("evaluate", "model", "--data", "dev.jsonl", "--batch-size", "9" * 20), "batch_size: must be at most 2147483647"),
     (("align", "model", "model", "--cache-dir", "run.yaml"), "--cache-dir: cannot write "),
+    (("collect", "outputs", "--to", "run.yaml"), "--to: cannot write "),
 ]
 
 

@@ -1,0 +1,59 @@
+"""The tables of the verbs that list something: as wide as the terminal, or whole where there is none. Torch-free."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from dskd.config.cluster import ClusterConfig
+from dskd.config.errors import UserError
+from dskd.config.recipes import find_recipes
+from dskd.config.run import RunConfig
+from dskd.config.settings import list_settings
+from dskd.rundir.collect import collect
+
+
+def show_collected(run_directories: Sequence[Path], to: Path) -> None:
+    """`dskd collect`."""
+    table = Table("model", "step", "dev loss", "ROUGE-L", "MB", box=None, pad_edge=False, header_style="bold")
+    for model in collect(run_directories, to):
+        rougel = "" if model.rougel is None else f"{model.rougel:.2f}"
+        table.add_row(model.folder, str(model.step), f"{model.dev_loss:.4f}", rougel, f"{model.size / 1e6:.1f}")
+    show(table, 160)
+
+
+def show_settings(prefix: str, cluster: bool) -> None:
+    """`dskd settings`."""
+    kind = ClusterConfig if cluster else RunConfig
+    found = list_settings(prefix, kind)
+    if not found:
+        areas = ", ".join(dict.fromkeys(s.key.partition(".")[0].partition("(")[0] for s in list_settings(kind=kind)))
+        raise UserError(f"settings: no key begins with {prefix!r}; areas: {areas}")
+    table = Table("key", "type", "default", "help", box=None, pad_edge=False, header_style="bold")
+    for setting in found:
+        table.add_row(setting.key, setting.type, setting.default, setting.help)
+    show(table, 160)
+
+
+def show_recipes(folder: Path | None) -> None:
+    """`dskd recipes`."""
+    terminal = sys.stdout.isatty()
+    table = Table(
+        Column("recipe", overflow="fold"),
+        *("method", "student", "teacher"),
+        Column("description", no_wrap=True, ratio=1 if terminal else None),  # what the terminal has left over
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        expand=terminal,
+    )
+    for recipe in find_recipes(folder):
+        table.add_row(str(recipe.file), recipe.method, recipe.student, recipe.teacher, recipe.description)
+    show(table, 1000)
+
+
+def show(table: Table, width: int) -> None:
+    """Print a table; `width`: columns where there is no terminal."""
+    Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False).print(table)
