@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -147,11 +146,9 @@ def run_method(console: Console, method: str, output: Path, root: Path, name: st
 
 def call(*arguments: object) -> None:
     command = [sys.executable, "-m", "dskd", *map(str, arguments)]
-    # Threads that wait without spinning: on a laptop that does other work as well, spinning ones cost a factor of ten.
-    environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
-    finished = subprocess.run(command, check=False, env=environment)
-    if finished.returncode:
-        raise SystemExit(finished.returncode)
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise SystemExit(code)
 
 
 def show(console: Console, outcomes: list[Outcome], minutes: float) -> None:

@@ -14,7 +14,6 @@ def start_training(run: RunConfig, force: bool) -> None:
     """Train on as many ranks as the run wants, or as the one rank that this process is."""
     from dskd.data.records import check_records
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin cost a factor of ten beside other work
     check_paths(run)
     check_folders(run)
     check_records(run.data.train)

@@ -70,7 +70,7 @@ def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
 
 
 def evaluate_if_due(training: Training, manager: CheckpointManager, monitor: Monitor, state: TrainState) -> TrainState:
-    """Evaluate and save a model where that is due and not done; a stop leaves it for the next start. Collective."""
+    """Evaluate where that is due and not done, and save one of the best models; a stop leaves it for the next start."""
     if not state.pending:
         return state
     try:
@@ -78,13 +78,18 @@ def evaluate_if_due(training: Training, manager: CheckpointManager, monitor: Mon
         scores = evaluate_dev(training)
     except Stopped:
         return state
+    refuse_wild(state.step, "the dev loss", math.isfinite(scores.loss))
     run, epoch = training.run, epoch_of(training, state.step)
     folder = RunDirectory.of(run).model(ModelName(epoch, state.step, scores.loss, scores.rougel))
-    manager.keep_model(folder, training.distiller.student, training.distiller.method, training.dev.student)
+    new = SavedModel(folder.name, scores)
+    best = best_of([*state.best, new], run.checkpoint.best_by, run.checkpoint.keep_best)
+    if new in best:
+        manager.keep_model(folder, training.distiller.student, training.distiller.method, training.dev.student)
     monitor.write({"step": state.step} | {f"dev_{k}": v for k, v in asdict(scores).items() if v is not None})
-    LOG.info(f"epoch {epoch}  {scores}  saved {folder}")
-    saved = [*state.best, SavedModel(folder.name, scores)]
-    return replace(state, pending=False, best=best_of(saved, run.checkpoint.best_by, run.checkpoint.keep_best))
+    LOG.info(
+        f"epoch {epoch}  {scores}  " + (f"saved {folder}" if new in best else f"not saved: {best[-1].folder} stays")
+    )
+    return replace(state, pending=False, best=best)
 
 
 def epoch_of(training: Training, step: int) -> int:
@@ -114,6 +119,7 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) ->
     means = total(outputs, ranks)
     refuse_non_finite(step, means, micro_batches, outputs, ranks)
     grad_norm = step_at_boundary(engine)
+    refuse_wild(step, f"the gradient (norm {grad_norm})", math.isfinite(grad_norm) and grad_norm >= 0)
     seconds = time.monotonic() - started
     return {
         "loss": sum(weight * means[part] for part, weight in method.weights.items()),
@@ -192,6 +198,15 @@ def refuse_non_finite(
         f"step {step}: the loss is not finite in part {names}; micro-batch of training records {records} (from 0). "
         "A lower train.lr, engine.precision=fp32, or a look at these records may help"
     )
+
+
+def refuse_wild(step: int, what: str, finite: bool) -> None:
+    """Stop where a loss was finite and what came of it is not: such weights reach no state and no saved model."""
+    if not finite:
+        raise UserError(
+            f"step {step}: {what} is not finite; nothing is saved of it, and the last state stays as it is. "
+            "A lower train.lr, train.clip above 0, or engine.precision=fp32 may help"
+        )
 
 
 def learning_rates(train: TrainConfig, step: int, total_steps: int) -> dict[str, float]:

@@ -198,4 +198,7 @@ def load_checkpoint(folder: Path, precision: str, device: torch.device) -> Any:
         model = merge_adapter(load_causal_lm(base, str(folder), precision, False), folder, str(folder))
     else:
         model = load_causal_lm(folder, str(folder), precision, False)
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{folder}: its weights are not finite, first {name}; a model that can answer is expected")
     return model.to(device).eval()

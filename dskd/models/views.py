@@ -96,6 +96,10 @@ def check_view(view: ModelView) -> None:
     with GatheredParameters([view.ends.output.weight]):
         logits = StreamedLogits(hidden, view.ends.head()).logits(slice(None))
     view.causal.train(training)
+    if not expected.isfinite().all():
+        raise UserError(
+            f"{view.key}: its logits are not finite: its weights hold NaN or infinity, or are far too large"
+        )
     name = f"{view.key}: {type(view.causal).__name__} is not supported"
     if logits.shape != expected.shape:
         raise UserError(f"{name}: its logits are {expected.shape[-1]} wide, its output layer {logits.shape[-1]}")

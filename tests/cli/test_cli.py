@@ -257,3 +257,14 @@ def test_align_tells_how_many_tokens_match(tiny, tmp_path):
     assert counts["exactly"] > 90
     assert len(list(tmp_path.iterdir())) == 1
     assert mistake_of("align", tmp_path, folders[1]).startswith(f"dskd: TEACHER: no tokenizer loads from {tmp_path}")
+
+
+@pytest.mark.parametrize("own", [None, "active"])
+def test_threads_wait_without_spinning_whatever_the_verb_unless_the_user_says_otherwise(own):
+    program = "import os, sys; from dskd import cli; "
+    program += "cli.app = lambda **_: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules); cli.main()"
+    outside = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    set_by_user = {} if own is None else {"OMP_WAIT_POLICY": own}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=outside | set_by_user, check=True)
+    assert done.stdout == f"{own or 'passive'} False\n"

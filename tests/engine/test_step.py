@@ -20,7 +20,9 @@ from dskd.losses.cross_entropy import cross_entropy
 from dskd.losses.method import Method, finish
 from dskd.losses.streaming import StreamedLogits, stream
 from dskd.losses.tensors import Sum
-from dskd.train import learning_rates, train, train_step
+from dskd.rundir.layout import RunDirectory
+from dskd.rundir.train_state import TrainState
+from dskd.train import evaluate_if_due, learning_rates, train, train_step
 
 
 class Largest(TorchDispatchMode):
@@ -77,6 +79,27 @@ def test_a_non_finite_loss_stops_the_run_before_the_weights_are_touched(make_run
         train_step(training, 1, batches)
     after = dict(training.distiller.student.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("settings", [{"zero_stage": 0, "precision": "fp32"}, {"zero_stage": 2, "precision": "bf16"}])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(make_run, tmp_path, ranks, settings):
+    run_file = make_run(tmp_path, method={"kind": "sft"}, train={"global_batch_size": 8}, engine=settings)
+    training = assemble(load_run(run_file), ranks)
+    weight = next(training.distiller.student.parameters())
+    weight.register_hook(lambda gradient: gradient * math.nan)
+    batches = [training.train(indices) for indices in training.plan.micro_batches(0, 0, 1)]
+    with pytest.raises(UserError, match=r"^step 1: the gradient \(norm .*\) is not finite; nothing is saved"):
+        train_step(training, 1, batches)
+
+
+def test_a_dev_loss_that_is_not_finite_makes_no_best_model(make_run, tmp_path, ranks):
+    training = assemble(load_run(make_run(tmp_path, method={"kind": "sft"})), ranks)
+    with torch.no_grad():
+        next(training.distiller.student.parameters()).fill_(math.nan)
+    last = TrainState(step=training.length.total_steps, pending=True)
+    with pytest.raises(UserError, match=r"^step 5: the dev loss is not finite; nothing is saved of it"):
+        evaluate_if_due(training, None, None, last)
+    assert not RunDirectory.of(training.run).path.exists()
 
 
 def test_parts_are_means_over_the_global_batch_however_it_is_cut(make_run, tmp_path, ranks):

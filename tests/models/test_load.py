@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dskd.config.errors import UserError
 from dskd.config.models import LoraConfig, StudentConfig, TeacherConfig
 from dskd.models.load import load_causal_lm, load_checkpoint, load_student, load_tokenizer
+from dskd.models.views import ModelView, check_view
 from dskd.teachers.resident import load_resident
 
 CPU = torch.device("cpu")
@@ -233,3 +234,16 @@ def test_no_code_of_a_model_s_folder_runs_unless_asked_for(copy):
     (folder / "config.json").write_text(json.dumps(config))
     assert error_of(load_student, StudentConfig(folder), "fp32", False).startswith("student.path: ")
     assert not marker.exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    problem = error_of(load_checkpoint, folder, "fp32", CPU)
+    assert problem.startswith(f"{folder}: its weights are not finite, first model.layers.1.mlp.up_proj.weight")
+    view = ModelView(load_student(StudentConfig(folder), "fp32", False), "student.path")
+    assert error_of(check_view, view).startswith("student.path: its logits are not finite: its weights hold NaN")
+    teacher = TeacherConfig(folder), load_tokenizer(folder, "teacher.path"), "fp32", CPU
+    assert error_of(load_resident, *teacher).startswith("teacher.path: its logits are not finite")
