@@ -12,13 +12,16 @@ from dskd.config.errors import UserError
 from dskd.config.recipes import find_recipes
 from dskd.config.run import RunConfig
 from dskd.config.settings import list_settings
-from dskd.rundir.collect import collect
+from dskd.rundir.collect import collect, runs_among
 
 
 def show_collected(run_directories: Sequence[Path], to: Path) -> None:
     """`dskd collect`."""
+    runs, others = runs_among(run_directories)
+    if others:
+        print(f"skipped, no run (no run.yaml in it): {', '.join(map(str, others))}", file=sys.stderr)
     table = Table("model", "step", "dev loss", "ROUGE-L", "MB", box=None, pad_edge=False, header_style="bold")
-    for model in collect(run_directories, to):
+    for model in collect(runs, to):
         rougel = "" if model.rougel is None else f"{model.rougel:.2f}"
         table.add_row(model.folder, str(model.step), f"{model.dev_loss:.4f}", rougel, f"{model.size / 1e6:.1f}")
     show(table, 160)

@@ -39,6 +39,18 @@ class Collected:
     """Of MANIFEST.json, which holds those of all files."""
 
 
+def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Those that are run directories, and what else a pattern such as outputs/*/*/* finds.
+
+    Raises `UserError` where none is one.
+    """
+    runs = [path for path in paths if RunDirectory(path).settings.is_file()]
+    if not runs:
+        for path in paths:
+            require_run(path)
+    return runs, [path for path in paths if path not in runs]
+
+
 def collect(run_directories: Sequence[Path], to: Path) -> list[Collected]:
     """Copy the saved models of these runs below `to`; returns the whole index, earlier calls' models included.
 

@@ -10,10 +10,11 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dskd.config.errors import UserError
@@ -23,24 +24,72 @@ from dskd.rundir.layout import RunDirectory
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 35.0
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+ATTEMPTS = 100
+"""To open a lock whose folder another start may take away at that moment."""
+FLOCK = "hhqqi4x"
+"""Linux' struct flock: type, whence, start, length, process."""
 
 
 @contextmanager
 def held(directory: RunDirectory, tell: Callable[[str], None]) -> Iterator[None]:
     """Inside, no other process may use `directory`. Raises `UserError` where one does.
 
-    A holder on another machine that left without a word is waited for, until it is sure that it beats no more.
+    A holder on another machine that left without a word is waited for, until it is sure that it beats no more. Where
+    no run has begun at the end, nothing of the lock stays, and none of the folders that were made for it.
     """
-    holder = directory.lock / "holder"
-    with as_user_error(directory.path):
-        directory.lock.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory.lock / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    holder, file = directory.lock / "holder", directory.lock / "lock"
+    made = [folder for folder in (directory.lock, *directory.lock.parents) if not folder.exists()]
+    with ExitStack() as stack:
+        stack.callback(remove_empty, directory, made)
+        stack.callback(os.close, opened(file, holder, tell))  # which gives the lock back
+        stack.callback(forget, directory, file)
+        stack.enter_context(beating(holder))
+        yield
+
+
+def opened(file: Path, holder: Path, tell: Callable[[str], None]) -> int:
+    """The lock, open and taken."""
+    for _ in range(ATTEMPTS):
+        with as_user_error(file), suppress(FileNotFoundError):  # another start that is refused takes it away
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                take(lock, holder, tell)
+                if os.path.samestat(os.fstat(lock), file.stat()):
+                    return lock
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
+    raise UserError(f"output.name: {file} is taken away by another process again and again")
+
+
+def forget(directory: RunDirectory, file: Path) -> None:
+    """Remove a lock that is still held, unless there is a run: whoever has opened it sees that it is another's."""
+    if not directory.settings.is_file():
+        file.unlink(missing_ok=True)
+
+
+def remove_empty(directory: RunDirectory, made: Sequence[Path]) -> None:
+    for folder in dict.fromkeys((directory.lock, *made)):
+        with suppress(OSError):  # it holds something, or never was
+            folder.rmdir()
+
+
+def holder_of(directory: RunDirectory) -> str | None:
+    """Who works in a directory now, None where nobody does. It takes nothing.
+
+    Not for a process that holds the lock itself: it would lose it.
+    """
+    who = read(directory.lock / "holder") or "another process"
     try:
-        take(lock, holder, tell)
-        with beating(holder):
-            yield
-    finally:
-        os.close(lock)  # which gives the lock back
+        with (directory.lock / "lock").open("rb") as lock:
+            found = fcntl.fcntl(lock, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return read(directory.lock / "holder") if error.errno in UNSUPPORTED else None
+    return None if struct.unpack_from(FLOCK, found)[0] == fcntl.F_UNLCK else who
 
 
 def take(lock: int, holder: Path, tell: Callable[[str], None]) -> None:

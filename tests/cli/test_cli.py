@@ -177,7 +177,7 @@ def test_a_mistake_is_told_before_torch_is_loaded(inputs, arguments, expected):
     [
         (("train", "none.yaml"), "dskd: none.yaml: cannot be read: No such file or directory"),
         (("resume", "tests"), f"dskd: {ROOT}/tests: no run.yaml: a run directory is expected"),
-        (("collect", "tests", "--to", "/none"), f"dskd: {ROOT}/tests: no run.yaml: a run directory is expected"),
+        (("collect", "tests", "--to", "/none"), "dskd: tests: no run.yaml: a run directory is expected"),
         (("settings", "trian"), "dskd: settings: no key begins with 'trian'; areas: student, data, "),
         (("recipes", "tests/golden/scripts"), "dskd: recipes: no run files (*.yaml) under tests/golden/scripts"),
         (("evaluate", "/none", "--data", "x.jsonl"), "dskd: /none: no such folder: /none"),
@@ -268,3 +268,14 @@ def test_threads_wait_without_spinning_whatever_the_verb_unless_the_user_says_ot
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=outside | set_by_user, check=True)
     assert done.stdout == f"{own or 'passive'} False\n"
+
+
+def test_collect_skips_what_is_no_run_and_says_so(tmp_path):
+    run = tmp_path / "outputs" / "student" / "sft" / "default"
+    run.mkdir(parents=True)
+    (run / "run.yaml").touch()
+    (tmp_path / "outputs" / "cache" / "a" / "b").mkdir(parents=True)
+    found = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("outputs/*/*/*"))
+    done = dskd("collect", *found, "--to", "all", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == "skipped, no run (no run.yaml in it): outputs/cache/a/b\n"

@@ -214,3 +214,11 @@ def test_learning_rates():
     warm = TrainConfig(lr=1.0, warmup_ratio=0.1, schedule="linear")
     assert [learning_rates(warm, step, 100)["lr"] for step in (1, 10, 11, 56)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
     assert learning_rates(TrainConfig(lr=1.0, schedule="constant"), 100, 100)["lr"] == 1.0
+
+
+def test_a_refused_run_leaves_nothing(make_run, tiny, tmp_path, ranks):
+    run_file = make_run(tmp_path, method={"kind": "kd"}, teacher={"path": tiny("qwen2")})
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"^method\.kind: kd needs one vocabulary"):
+        train(load_run(run_file), ranks)
+    assert sorted(tmp_path.rglob("*")) == there

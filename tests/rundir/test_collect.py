@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dskd.config.errors import UserError
-from dskd.rundir.collect import collect
+from dskd.rundir.collect import collect, runs_among
 from dskd.rundir.files import manifest, published, read_manifest
 
 
@@ -69,6 +69,15 @@ def test_two_runs_of_one_name_are_told_apart(runs, tmp_path):
     other = make(tmp_path / "elsewhere", "a", "epoch1_step5_loss2.5000", "four")
     with pytest.raises(UserError, match="another run of the same name"):
         collect([runs[0], other], tmp_path / "all")
+
+
+def test_what_a_pattern_finds_besides_runs_is_told_apart(runs, tmp_path):
+    cache = tmp_path / "out" / "cache"
+    cache.mkdir()
+    (tmp_path / "out" / "file").touch()
+    assert runs_among([cache, *runs, tmp_path / "out" / "file"]) == (runs, [cache, tmp_path / "out" / "file"])
+    with pytest.raises(UserError, match=f"^{cache}: no run.yaml"):
+        runs_among([cache])
 
 
 def test_what_holds_no_run_is_refused(tmp_path):

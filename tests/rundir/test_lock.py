@@ -49,10 +49,64 @@ def test_a_killed_holder_holds_nothing(holder, tmp_path):
         assert json.loads((tmp_path / ".lock" / "holder").read_text())["pid"] == os.getpid()
 
 
-def test_what_is_left_does_not_count_as_a_run(tmp_path):
+def test_where_a_run_has_begun_the_lock_s_file_stays(tmp_path):
     with lock.held(RunDirectory(tmp_path), print):
-        pass
-    assert [p.name for p in tmp_path.rglob("*")] == [".lock", "lock"]
+        (tmp_path / "run.yaml").touch()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".lock", "lock", "run.yaml"]
+
+
+def test_where_none_has_begun_nothing_stays_but_what_was_there(tmp_path):
+    directory = tmp_path / "outputs" / "student" / "sft" / "new"
+    with pytest.raises(UserError, match="refused"), lock.held(RunDirectory(directory), print):
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "outputs" / "student").mkdir(parents=True)
+    (tmp_path / "mine").touch()
+    for folder in (directory, tmp_path):
+        with lock.held(RunDirectory(folder), print):
+            assert (folder / ".lock" / "lock").is_file()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "outputs", "student"]
+
+
+def one_after_another(directory, pipe):
+    """Held and left again and again, while others do the same; how often somebody else was there."""
+    met = refused = 0
+    for _ in range(300):
+        try:
+            with lock.held(RunDirectory(directory), print):
+                inside = directory.parent / "inside"
+                try:
+                    inside.touch(exist_ok=False)
+                except FileExistsError:
+                    met += 1
+                inside.unlink(missing_ok=True)
+        except UserError:
+            refused += 1
+    pipe.send((met, refused))
+
+
+def test_starts_that_are_refused_at_one_moment_never_hold_it_together(tmp_path):
+    pipes, processes = [], []
+    for _ in range(3):
+        ours, theirs = SPAWN.Pipe()
+        processes.append(SPAWN.Process(target=one_after_another, args=(tmp_path / "a" / "run", theirs)))
+        processes[-1].start()
+        pipes.append(ours)
+    results = [pipe.recv() for pipe in pipes if pipe.poll(60)]
+    for process in processes:
+        process.join()
+    assert len(results) == 3
+    assert [met for met, _ in results] == [0, 0, 0]
+    assert sum(refused for _, refused in results) > 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_who_holds_it_can_be_asked(holder, tmp_path):
+    assert f"process {holder.pid} " in lock.holder_of(RunDirectory(tmp_path))
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert lock.holder_of(RunDirectory(tmp_path)) is None
+    assert lock.holder_of(RunDirectory(tmp_path / "none")) is None
 
 
 @pytest.mark.parametrize("lives", [True, False])
