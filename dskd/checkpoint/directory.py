@@ -17,6 +17,7 @@ from dskd.config.errors import UserError
 from dskd.config.load import load_run, to_plain, to_yaml
 from dskd.config.run import RunConfig
 from dskd.engine.metrics import LOG
+from dskd.rundir.content import contents, differences, read_contents
 from dskd.rundir.files import as_user_error, read_json, write_json, write_text
 from dskd.rundir.layout import RunDirectory
 from dskd.rundir.read import RunLength
@@ -26,7 +27,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safeten
 
 
 def write_settings(run: RunConfig, length: RunLength) -> list[str]:
-    """Write what runs into the run directory: run.yaml (resolved) and args.json (with versions).
+    """Write what runs into the run directory: run.yaml (resolved) and args.json (with versions and sums).
 
     Returns which versions differ from those of the start before, for the log.
     """
@@ -38,7 +39,8 @@ def write_settings(run: RunConfig, length: RunLength) -> list[str]:
         except UserError:  # it is only told, and written anew
             before = {}
         write_text(directory.settings, to_yaml(run))
-        write_json(directory.args, now | {"length": asdict(length)})
+        read = {key: asdict(content) for key, content in contents(run).items()}
+        write_json(directory.args, now | {"length": asdict(length), "content": read})
     old, new = versions(before), versions(now)
     return [
         f"{name}: {old[name]} -> {new[name]} since the last start"
@@ -77,7 +79,7 @@ def git_revision() -> str | None:
 
 
 def changes(run: RunConfig, force: bool) -> dict[str, str] | None:
-    """Settings that differ from those of the run that the directory holds; None where it holds none yet.
+    """Settings and contents that differ from those of the run that the directory holds; None where it holds none yet.
 
     Raises:
         UserError: where it holds something else, or this would be another run and `force` is off.
@@ -88,6 +90,11 @@ def changes(run: RunConfig, force: bool) -> dict[str, str] | None:
     if not directory.settings.is_file():
         raise UserError(f"output.name: {directory.path} holds something that is no run; choose another output.name")
     found = changed(load_run(directory.settings), run)
+    for key, other in differences(read_contents(directory), contents(run)).items():
+        if other is None:
+            found.pop(key, None)  # it lies elsewhere, and is the same
+        else:
+            found[key] = other
     refused = harmful(found)
     if refused and not force:
         told = "; ".join(f"{key}: {change}" for key, change in refused.items())

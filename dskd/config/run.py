@@ -101,10 +101,16 @@ def accumulation_steps(run: RunConfig, world_size: int) -> int:
 
 def models_of(run: RunConfig) -> list[Path]:
     """The model folders that a run reads."""
-    taught = run.teacher is not None and run.method.teacher != "none"
-    teacher = [run.teacher.path, run.teacher.adapter] if taught and run.teacher is not None else []
-    projectors = run.method.projectors_from if isinstance(run.method, DualSpaceConfig) else None
-    return [path for path in (run.student.path, *teacher, projectors) if path is not None]
+    return list(models_by_key(run).values())
+
+
+def models_by_key(run: RunConfig) -> dict[str, Path]:
+    found: dict[str, Path | None] = {"student.path": run.student.path}
+    if run.teacher is not None and run.method.teacher != "none":
+        found |= {"teacher.path": run.teacher.path, "teacher.adapter": run.teacher.adapter}
+    if isinstance(run.method, DualSpaceConfig):
+        found["method.projectors_from"] = run.method.projectors_from
+    return {key: path for key, path in found.items() if path is not None}
 
 
 def written_folders(run: RunConfig) -> list[Path]:
