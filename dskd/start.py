@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from dskd.config.run import RunConfig, accumulation_steps, check_folders, check_paths
 from dskd.config.stopping import UNFINISHED
+from dskd.rundir.layout import RunDirectory
 
 
 def start_training(run: RunConfig, force: bool) -> None:
@@ -45,9 +46,12 @@ def train_as_rank(run: RunConfig, force: bool) -> None:
 
             train(run, distributed.start(flags), force)
             distributed.stop()
-    except Stopped:
+    except Stopped as stopped:
         if os.environ["RANK"] == "0":
-            print(f"dskd: stopped as asked; go on with: dskd resume {run.directory}", file=sys.stderr)
+            saved = "" if stopped.saved is None else f", saved at step {stopped.saved}"
+            begun = RunDirectory.of(run).settings.is_file()
+            how = f"go on with: dskd resume {run.directory}" if begun else "it had not begun, and nothing of it stays"
+            print(f"dskd: stopped as asked{saved}; {how}", file=sys.stderr)
         raise SystemExit(UNFINISHED) from None
     except RuntimeError as error:
         reason = watchdog.why_lost(error)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd import __version__
-from dskd.config.changes import changed, harmful
+from dskd.config.changes import LENGTH, changed, harmful, is_longer
 from dskd.config.errors import UserError
 from dskd.config.load import load_run, to_plain, to_yaml
 from dskd.config.run import RunConfig
@@ -20,7 +20,7 @@ from dskd.engine.metrics import LOG
 from dskd.rundir.content import contents, differences, read_contents
 from dskd.rundir.files import as_user_error, read_json, write_json, write_text
 from dskd.rundir.layout import RunDirectory
-from dskd.rundir.read import RunLength
+from dskd.rundir.read import RunLength, known_length
 from dskd.rundir.train_state import TrainState
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors")
@@ -29,7 +29,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safeten
 def write_settings(run: RunConfig, length: RunLength) -> list[str]:
     """Write what runs into the run directory: run.yaml (resolved) and args.json (with versions and sums).
 
-    Returns which versions differ from those of the start before, for the log.
+    Returns for the log which versions differ from those of the start before, and whether the length does.
     """
     directory, now = RunDirectory.of(run), provenance(run)
     with as_user_error(directory.path):
@@ -38,11 +38,16 @@ def write_settings(run: RunConfig, length: RunLength) -> list[str]:
             before = read_json(directory.args) or {}
         except UserError:  # it is only told, and written anew
             before = {}
+        length_before = known_length(directory)
         write_text(directory.settings, to_yaml(run))
         read = {key: asdict(content) for key, content in contents(run).items()}
         write_json(directory.args, now | {"length": asdict(length), "content": read})
+    notes = []
+    if length_before is not None and length_before.total_steps != length.total_steps:
+        steps = f"{length.total_steps} steps instead of {length_before.total_steps}"
+        notes.append(f"{steps}; the learning rates follow the new length from here on")
     old, new = versions(before), versions(now)
-    return [
+    return notes + [
         f"{name}: {old[name]} -> {new[name]} since the last start"
         for name in new
         if old.get(name, new[name]) != new[name]
@@ -89,13 +94,15 @@ def changes(run: RunConfig, force: bool) -> dict[str, str] | None:
         return None
     if not directory.settings.is_file():
         raise UserError(f"output.name: {directory.path} holds something that is no run; choose another output.name")
-    found = changed(load_run(directory.settings), run)
+    before = load_run(directory.settings)
+    found = changed(before, run)
     for key, other in differences(read_contents(directory), contents(run)).items():
         if other is None:
             found.pop(key, None)  # it lies elsewhere, and is the same
         else:
             found[key] = other
-    refused = harmful(found)
+    grown = LENGTH if is_longer(before.train, run.train) else ()
+    refused = {key: change for key, change in harmful(found).items() if key not in grown}
     if refused and not force:
         told = "; ".join(f"{key}: {change}" for key, change in refused.items())
         raise UserError(

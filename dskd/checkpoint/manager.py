@@ -19,7 +19,7 @@ from dskd.engine.preemption import Decision, Stopped
 from dskd.rundir import lock
 from dskd.rundir.files import as_user_error
 from dskd.rundir.layout import ModelName, RunDirectory, StateName
-from dskd.rundir.read import RunLength
+from dskd.rundir.read import RunLength, has_ended
 from dskd.rundir.train_state import TrainState
 
 
@@ -58,6 +58,8 @@ def opened(run: RunConfig, ranks: Ranks, force: bool) -> Iterator[Past]:
         best, notes = mended
         told = [f"changed: {key}: {change}" for key, change in changes.items()]
         now = with_models(found.state, best)
+        if now.finished and not has_ended(own, now):
+            now = replace(now, finished=False)
         if now.pending and not found.state.pending:
             now = replace(now, metrics_bytes=directory.before_evaluation(own, now))
         yield Past(changes, found.folder, now, (*told, *found.notes, *notes))
@@ -155,7 +157,7 @@ class CheckpointManager:
         if at_once:
             self.arrive(now)
         if decision.stop and not finished:
-            raise Stopped
+            raise Stopped(now.step)
         return now
 
     def save(self, now: TrainState) -> None:

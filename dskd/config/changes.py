@@ -1,10 +1,12 @@
 """What differs between the run that a directory holds and the one that is to go on in it."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dskd.config.load import to_plain
 from dskd.config.run import RunConfig
+from dskd.config.training import TrainConfig
 
 HARMLESS = (
     "eval.",
@@ -25,6 +27,8 @@ HARMLESS = (
     "engine.loss_memory_mb",
 )
 """Beginnings of the keys that may change between two starts of a run."""
+LENGTH = ("train.epochs", "train.max_steps")
+"""May grow."""
 
 
 def changed(before: RunConfig, after: RunConfig) -> dict[str, str]:
@@ -37,6 +41,12 @@ def changed(before: RunConfig, after: RunConfig) -> dict[str, str]:
 def harmful(changes: Mapping[str, str]) -> dict[str, str]:
     """Those after which the run would no longer be the same."""
     return {key: change for key, change in changes.items() if not key.startswith(HARMLESS)}
+
+
+def is_longer(before: TrainConfig, after: TrainConfig) -> bool:
+    """Whether a run has at least as many steps as before, by its settings alone."""
+    most = [train.max_steps or math.inf for train in (before, after)]
+    return after.epochs >= before.epochs and most[1] >= most[0]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

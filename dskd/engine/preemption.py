@@ -1,5 +1,6 @@
 """Stopping on request: signals set a flag, and the ranks agree on it at the boundary of a step. Torch-free."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,15 @@ Phase = Literal["start", "step", "save"]
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and all ranks know it. No error, so that no library takes it for one of its own."""
+    """The run was asked to stop, and all ranks know it. No error, so that no library takes it for one of its own.
+
+    Args:
+        saved: the step of the state that was saved for it.
+    """
+
+    def __init__(self, saved: int | None = None) -> None:
+        super().__init__()
+        self.saved = saved
 
 
 @dataclass
@@ -63,6 +72,8 @@ def watch_signals() -> Flags:
         first, flags.stop_requested = not flags.stop_requested, True
         if first and flags.phase == "start":
             raise Stopped
+        if first and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"dskd: stopping after this step, and saving the state\n")  # print may be what it interrupted
 
     for number in STOP_SIGNALS:
         signal.signal(number, request)

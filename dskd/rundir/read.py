@@ -1,5 +1,6 @@
 """A run as data: settings, steps, scores and states, from its directory alone, while it runs or after."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def read_length(directory: RunDirectory) -> RunLength | None:
         raise UserError(f"{directory.args}: is damaged: it does not say how long the run is") from None
 
 
+def known_length(directory: RunDirectory) -> RunLength | None:
+    """The same, and None where args.json is damaged: the next start writes it anew."""
+    with suppress(UserError):
+        return read_length(directory)
+    return None
+
+
 def read_steps(directory: RunDirectory, last_bytes: int | None = None) -> list[dict[str, Any]]:
     """The training steps of metrics.jsonl; with `last_bytes` those of its end alone."""
     lines, numbers = read_json_lines(directory.metrics, last_bytes), ("step", "seconds", "tokens_per_second")
@@ -98,4 +106,10 @@ def is_complete(directory: RunDirectory) -> bool:
     if read_rougel(directory.path) is not None:
         return True
     state = read_train_state(directory)
-    return state is not None and state.finished
+    return state is not None and has_ended(directory, state)
+
+
+def has_ended(directory: RunDirectory, state: TrainState) -> bool:
+    """Whether the last step is made. A finished run may have been given more, and not have saved a state since."""
+    length = known_length(directory)
+    return state.finished and (length is None or state.step >= length.total_steps)

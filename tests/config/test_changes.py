@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dskd.config.changes import changed, harmful
+from dskd.config.changes import changed, harmful, is_longer
 from dskd.config.load import load_run, override
 
 
@@ -35,6 +35,23 @@ def test_harmless(run, setting):
 def test_harmful(run, setting, told):
     found = harmful(changed(run, override(run, [setting])))
     assert {key: found.get(key, "None -> None") for key in told} == told
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "longer"),
+    [
+        ("epochs=1", "epochs=2", True),
+        ("epochs=2", "epochs=1", False),
+        ("max_steps=5", "max_steps=6", True),
+        ("max_steps=5", "max_steps=4", False),
+        ("max_steps=5", "max_steps=null", True),
+        ("max_steps=null", "max_steps=500", False),
+        ("epochs=2", "epochs=2", True),
+    ],
+)
+def test_a_run_may_become_longer(run, before, after, longer):
+    then, now = (override(run, [f"train.{setting}"]).train for setting in (before, after))
+    assert is_longer(then, now) is longer
 
 
 def test_where_the_output_lies_does_not_count(run):

@@ -24,13 +24,15 @@ def send(number):
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 @pytest.mark.parametrize("phase", ["step", "save"])
-def test_a_signal_is_kept_until_the_ranks_agree_on_it_however_often_it_comes(number, phase):
+def test_a_signal_is_kept_until_the_ranks_agree_on_it_however_often_it_comes(number, phase, capfd, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
     flags = watch_signals()
     flags.phase = phase
     assert not flags.stop_requested
     for _ in range(3):
         send(number)
     assert flags.stop_requested
+    assert capfd.readouterr().err == "dskd: stopping after this step, and saving the state\n"
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
