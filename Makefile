@@ -32,7 +32,7 @@ quickstart: $(VENV)/ready
 	$(VENV)/bin/dskd quickstart
 
 test: $(VENV)/ready $(LOGIN_VENV)/ready lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses 2 --dist loadfile
 
 test-faults: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m faults tests/faults
