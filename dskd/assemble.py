@@ -16,7 +16,7 @@ from dskd.data.alignment import aligner
 from dskd.data.batch import Batch
 from dskd.data.loader import Collator, Plan
 from dskd.data.records import Records, read_records
-from dskd.data.tokenization import Limits, check_tokenizer
+from dskd.data.tokenization import Limits
 from dskd.data.vocabulary_map import exact_ids, load_or_build
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import progress_bar
@@ -30,11 +30,13 @@ from dskd.losses import METHODS
 from dskd.losses.method import Method
 from dskd.losses.sft import Sft
 from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
-from dskd.models.load import load_projectors, load_student, load_tokenizer
+from dskd.models.load import load_projectors, load_student, load_tokenizers
 from dskd.models.views import ModelBody, ModelEnds, ModelView, check_view, check_vocabulary, response_tokens
 from dskd.rundir.files import as_user_error
 from dskd.rundir.read import RunLength
 from dskd.teachers.backends import load_teacher
+from dskd.teachers.cache.read import check_complete
+from dskd.teachers.cached import CachedTeacher
 from dskd.teachers.teacher import Teacher
 
 
@@ -82,19 +84,19 @@ def assemble(run: RunConfig, ranks: Ranks) -> Training:
     limits = Limits(run.data.max_length, run.data.max_prompt_length, run.data.bos)
     train_records, dev_records = read_records(run.data.train), read_records(run.data.dev)
     plan = plan_of(run, train_records)
-    tokenizer = load_tokenizer(run.student.path, "student.path", run.student.trust_remote_code)
-    check_tokenizer(tokenizer, limits, "student.path")
+    tokenizer, teacher_tokenizer = load_tokenizers(run, limits)
     torch.manual_seed(run.train.seed)
 
-    teacher, other_tokenizer, student_ids = None, None, None
+    teacher, other_tokenizer, student_ids, stored = None, None, None, None
     if run.teacher is not None and run.method.teacher != "none":
-        teacher_tokenizer = load_tokenizer(run.teacher.path, "teacher.path", run.teacher.trust_remote_code)
-        check_tokenizer(teacher_tokenizer, limits, "teacher.path")
-        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+        if teacher_tokenizer is not tokenizer:
             other_tokenizer = teacher_tokenizer
             refuse_other_vocabulary(run.method)
             student_ids = aligned_vocabulary(run, teacher_tokenizer, tokenizer, ranks)
-        teacher = load_teacher(run.teacher, teacher_tokenizer, run.engine.precision, ranks)
+        teacher = load_teacher(run, run.teacher, teacher_tokenizer, ranks)
+    if isinstance(teacher, CachedTeacher):
+        stored = teacher.stored
+        check_complete(stored, train_records, teacher_tokenizer, limits, ranks)
 
     config = deepspeed_config(run, ranks.world_size, accumulation)
     with partitioned_loading(config):
@@ -116,7 +118,7 @@ def assemble(run: RunConfig, ranks: Ranks) -> Training:
     engine.train()  # transformers loads models for evaluation, without dropout
     randomness.seed(run.train.seed + ranks.rank)  # dropout differs between the ranks
     align = aligner(run.method.alignment, other_tokenizer, tokenizer) if other_tokenizer is not None else None
-    train_data = Collator(train_records, tokenizer, other_tokenizer, limits, align)
+    train_data = Collator(train_records, tokenizer, other_tokenizer, limits, align, stored)
     dev_data = Collator(dev_records, tokenizer, None, limits)
     length = length_of(run, plan)
     return Training(run, ranks, engine, view.ends, teacher, plan, length, train_data, dev_data)
@@ -152,7 +154,7 @@ def aligned_vocabulary(run: RunConfig, teacher: Any, student: Any, ranks: Ranks)
         return None
     if run.method.alignment == "exact":
         return torch.from_numpy(exact_ids(teacher, student))
-    folder = run.data.cache_dir or run.output.root / "cache"
+    folder = run.cache_folder
     for turn in (True, False):  # the main rank makes it, the others read it
         if ranks.is_main is turn:
             with progress_bar("vocabulary map") as progress, as_user_error(folder, "data.cache_dir"):

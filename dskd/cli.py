@@ -279,6 +279,30 @@ def align(
     print(f"{total:8d}  teacher tokens; map kept in {cache_dir}")
 
 
+teacher = typer.Typer(no_args_is_help=True)
+app.add_typer(teacher, name="teacher", help="What a student learns from, made ready beforehand.")
+
+
+@teacher.command()
+def cache(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file of a training.")],
+    overrides: Overrides = None,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Of N tasks that may run at a time, the share of task I, from 0.")
+    ] = "0/1",
+) -> None:
+    """Run the teacher once over the training records, and keep its hidden states for teacher.backend=cache.
+
+    What is in the cache already is not made again, and many runs share it; see data.cache_dir and
+    teacher.cache_precision. Exit code 75 means that it was asked to stop: the same command goes on.
+    """
+    from dskd.config.load import load_run
+    from dskd.start import start_caching
+    from dskd.teachers.cache.shard import Shard
+
+    start_caching(load_run(run_file, overrides or []), Shard.parse(shard))
+
+
 @app.command()
 def settings(
     prefix: Annotated[str, typer.Argument(help="Show keys that begin with this, such as train or engine.")] = "",

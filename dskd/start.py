@@ -4,34 +4,72 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 from dskd.config.run import RunConfig, accumulation_steps, check_folders, check_paths
 from dskd.config.stopping import UNFINISHED
+from dskd.config.training import TrainConfig
+from dskd.engine.preemption import Flags, Phase, Stopped, watch_signals
 from dskd.rundir.layout import RunDirectory
+from dskd.teachers.cache.shard import Shard
 
 
 def start_training(run: RunConfig, force: bool) -> None:
     """Train on as many ranks as the run wants, or as the one rank that this process is."""
+    check_before(run)
+    if "RANK" not in os.environ:
+        processes = run.launch.processes or gpus()
+        accumulation_steps(run, processes)
+        start_ranks(processes)
+
+    def work(flags: Flags) -> None:
+        from dskd.engine import distributed
+        from dskd.train import train
+
+        train(run, distributed.start(flags), force)
+        distributed.stop()
+
+    def how() -> str:
+        begun = RunDirectory.of(run).settings.is_file()
+        return f"go on with: dskd resume {run.directory}" if begun else "it had not begun, and nothing of it stays"
+
+    as_rank(run.train, work, how)
+
+
+def start_caching(run: RunConfig, shard: Shard) -> None:
+    """Write a shard of the teacher's cache, on as many ranks as `start_training` would train on."""
+    check_before(run)
+    if "RANK" not in os.environ:
+        start_ranks(run.launch.processes or gpus())
+
+    def work(flags: Flags) -> None:
+        from dskd.engine import distributed
+        from dskd.teachers.cache.write import write_cache
+
+        write_cache(run, shard, distributed.start(flags))
+        distributed.stop()
+
+    as_rank(run.train, work, lambda: "go on with the same command")
+
+
+def check_before(run: RunConfig) -> None:
+    """Raise `UserError` for what can be told without torch."""
     from dskd.data.records import check_records
 
     check_paths(run)
     check_folders(run)
     check_records(run.data.train)
     check_records(run.data.dev)
-    if "RANK" not in os.environ:
-        processes = run.launch.processes or gpus()
-        accumulation_steps(run, processes)
-        start_ranks(processes)
-    train_as_rank(run, force)
 
 
-def train_as_rank(run: RunConfig, force: bool) -> None:
-    """Train in this process; a stop that was asked for, and what another start mends, end it with `UNFINISHED`."""
+def as_rank(times: TrainConfig, work: Callable[[Flags], None], how: Callable[[], str]) -> None:
+    """Do a rank's work; a stop that was asked for, and what another start mends, end it with `UNFINISHED`.
+
+    `work` imports what it needs itself: that takes seconds, in which a stop may come. `how` says how to go on then.
+    """
     from dskd.engine import watchdog
-    from dskd.engine.preemption import Phase, Stopped, watch_signals
 
-    times = run.train
     limits: dict[Phase, float] = {
         "start": times.start_minutes,
         "step": times.stall_minutes,
@@ -41,17 +79,11 @@ def train_as_rank(run: RunConfig, force: bool) -> None:
         flags = watch_signals()  # from here on a stop may come between any two lines
         watchdog.show_stacks_on_request()
         with watchdog.watchdog(flags, limits):
-            from dskd.engine import distributed
-            from dskd.train import train
-
-            train(run, distributed.start(flags), force)
-            distributed.stop()
+            work(flags)
     except Stopped as stopped:
         if os.environ["RANK"] == "0":
             saved = "" if stopped.saved is None else f", saved at step {stopped.saved}"
-            begun = RunDirectory.of(run).settings.is_file()
-            how = f"go on with: dskd resume {run.directory}" if begun else "it had not begun, and nothing of it stays"
-            print(f"dskd: stopped as asked{saved}; {how}", file=sys.stderr)
+            print(f"dskd: stopped as asked{saved}; {how()}", file=sys.stderr)
         raise SystemExit(UNFINISHED) from None
     except RuntimeError as error:
         reason = watchdog.why_lost(error)

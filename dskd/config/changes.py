@@ -19,6 +19,7 @@ HARMLESS = (
     "train.stall_minutes",
     "train.start_minutes",
     "train.save_minutes",
+    "teacher.backend",
     # The engine's settings but for the precision: what is computed where, not what.
     "engine.zero_stage",
     "engine.offload",

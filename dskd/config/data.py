@@ -22,7 +22,7 @@ class DataConfig:
     """Processes for each rank that tokenize and align ahead of the training thread; 0 does it on that thread."""
 
     cache_dir: Path | None = None
-    """Folder for vocabulary maps, which many runs share; empty means output.root/cache."""
+    """Folder for vocabulary maps and teacher caches, which many runs share; empty means output.root/cache."""
 
     def __post_init__(self) -> None:
         require(self.max_prompt_length > 0, "max_prompt_length", f"must be above 0, got {self.max_prompt_length}")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dskd.config.errors import MOST, require, require_at_most
 
@@ -39,5 +40,9 @@ class TeacherConfig:
     """Folder of the teacher as Hugging Face saves it."""
     adapter: Path | None = None
     """Folder of a LoRA adapter that is merged into the teacher after loading."""
+    backend: Literal["resident", "cache"] = "resident"
+    """Where its hidden states come from: a copy on every rank, or the files that `dskd teacher cache` wrote."""
+    cache_precision: Literal["exact", "fp8", "int8"] = "exact"
+    """How a cache stores them: as they are, or in a byte a value with one scale a token."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model's folder. Leave it off unless you have read that code."""

@@ -77,6 +77,11 @@ class RunConfig:
         )
 
     @property
+    def cache_folder(self) -> Path:
+        """Where what many runs share is kept."""
+        return self.data.cache_dir or self.output.root / "cache"
+
+    @property
     def directory(self) -> Path:
         """The run directory."""
         path = self.student.path

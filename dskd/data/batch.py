@@ -44,6 +44,7 @@ class Batch:
     student: Side
     teacher: Side
     pairs: Tensor | None = None  # [M, 2] int64, aligned response tokens: (of the teacher, of the student), each flat
+    states: Tensor | None = None  # [N, D] hidden states of the teacher's response tokens, where they are stored
 
     def to(self, device: torch.device) -> "Batch":
         return self.each(lambda moved: moved.to(device))
@@ -55,7 +56,8 @@ class Batch:
     def each(self, move: Callable[[Any], Any]) -> "Batch":
         student = move(self.student)
         teacher = student if self.teacher is self.student else move(self.teacher)
-        return Batch(self.records, student, teacher, None if self.pairs is None else move(self.pairs))
+        pairs, states = (None if each is None else move(each) for each in (self.pairs, self.states))
+        return Batch(self.records, student, teacher, pairs, states)
 
 
 def flat_pairs(

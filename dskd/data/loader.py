@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dskd.config.errors import UserError
@@ -17,6 +18,8 @@ from dskd.data.records import Record
 from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
 
 T = TypeVar("T")
+ReadStates = Callable[[Sequence[Sample]], Tensor]
+"""The teacher's side of B records -> its hidden states [N, D] at their response tokens, from where they are stored."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Collator:
     limits: Limits
     align: Align | None = None
     """Pairs the tokens of both sides' responses, where the method asks for it."""
+    read_states: ReadStates | None = None
+    """Reads the teacher's hidden states, where they are stored."""
     samples: Recent[tuple[Sample, Sample]] = field(default_factory=Recent)
     """What this process has tokenized last, for student and teacher."""
     pairs: Recent[IntArray] = field(default_factory=Recent)
@@ -94,11 +99,10 @@ class Collator:
     def __call__(self, indices: Sequence[int]) -> Batch:
         samples = [self.sample(index) for index in indices]
         student = collate([own for own, _ in samples])
-        if self.teacher is None:
-            return Batch(tuple(indices), student, student)
-        teacher = collate([other for _, other in samples])
+        teacher = student if self.teacher is None else collate([other for _, other in samples])
         pairs = None if self.align is None else flat_pairs([self.pair(i) for i in indices], samples, teacher, student)
-        return Batch(tuple(indices), student, teacher, pairs)
+        states = None if self.read_states is None else self.read_states([other for _, other in samples])
+        return Batch(tuple(indices), student, teacher, pairs, states)
 
     def sample(self, index: int) -> tuple[Sample, Sample]:
         return self.samples.get(index, self.tokenized)

@@ -19,6 +19,8 @@ from transformers.utils import logging as hf_logging
 
 from dskd.config.errors import UserError, one_line, shown
 from dskd.config.models import LoraConfig, StudentConfig
+from dskd.config.run import RunConfig
+from dskd.data.tokenization import Limits, check_tokenizer
 from dskd.engine.watchdog import why_lost
 from dskd.rundir.layout import PROJECTORS
 
@@ -86,6 +88,20 @@ def load_tokenizer(folder: Path, key: str, trust_remote_code: bool = False) -> A
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         check_ids(tokenizer)
         return tokenizer
+
+
+def load_tokenizers(run: RunConfig, limits: Limits) -> tuple[Any, Any]:
+    """The tokenizers of the student's side and of the teacher's: one and the same where the vocabularies are equal.
+
+    Raises `UserError` for one that does not load, or lacks a special token.
+    """
+    student = load_tokenizer(run.student.path, "student.path", run.student.trust_remote_code)
+    check_tokenizer(student, limits, "student.path")
+    if run.teacher is None or run.method.teacher == "none":
+        return student, student
+    teacher = load_tokenizer(run.teacher.path, "teacher.path", run.teacher.trust_remote_code)
+    check_tokenizer(teacher, limits, "teacher.path")
+    return student, student if teacher.get_vocab() == student.get_vocab() else teacher
 
 
 def check_ids(tokenizer: Any) -> None:

@@ -117,6 +117,11 @@ def check_view(view: ModelView) -> None:
 
 def check_vocabulary(view: ModelView, tokenizer: Any) -> None:
     """Raise `UserError` where a tokenizer has ids for which the model has no embedding."""
-    highest, rows = max(tokenizer.get_vocab().values()), view.ends.embeddings.num_embeddings
+    check_rows(view.ends.embeddings.num_embeddings, tokenizer, view.key)
+
+
+def check_rows(rows: int, tokenizer: Any, key: str) -> None:
+    """The same of so many rows of embeddings."""
+    highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
-        raise UserError(f"{view.key}: its tokenizer has ids up to {highest}, its embeddings {rows} rows")
+        raise UserError(f"{key}: its tokenizer has ids up to {highest}, its embeddings {rows} rows")

@@ -34,46 +34,58 @@ FLOCK = "hhqqi4x"
 def held(directory: RunDirectory, tell: Callable[[str], None]) -> Iterator[None]:
     """Inside, no other process may use `directory`. Raises `UserError` where one does.
 
-    A holder on another machine that left without a word is waited for, until it is sure that it beats no more. Where
-    no run has begun at the end, nothing of the lock stays, and none of the folders that were made for it.
+    Where no run has begun at the end, nothing of the lock stays, and none of the folders that were made for it.
     """
-    holder, file = directory.lock / "holder", directory.lock / "lock"
-    made = [folder for folder in (directory.lock, *directory.lock.parents) if not folder.exists()]
+    with locked(directory.lock, "output.name", str(directory.path), tell, directory.settings.is_file):
+        yield
+
+
+@contextmanager
+def locked(
+    folder: Path, key: str, what: str, tell: Callable[[str], None], stays: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Inside, no other process holds the lock in `folder`. Raises `UserError`, naming `key` and `what`, where one does.
+
+    A holder on another machine that left without a word is waited for, until it is sure that it beats no more. The
+    lock's files stay, for the next one, unless `stays` says otherwise at the end.
+    """
+    holder, file = folder / "holder", folder / "lock"
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     with ExitStack() as stack:
-        stack.callback(remove_empty, directory, made)
-        stack.callback(os.close, opened(file, holder, tell))  # which gives the lock back
-        stack.callback(forget, directory, file)
+        stack.callback(remove_empty, folder, made)
+        stack.callback(os.close, opened(file, holder, f"{key}: {what}", tell))  # which gives the lock back
+        stack.callback(forget, file, stays)
         stack.enter_context(beating(holder))
         yield
 
 
-def opened(file: Path, holder: Path, tell: Callable[[str], None]) -> int:
+def opened(file: Path, holder: Path, what: str, tell: Callable[[str], None]) -> int:
     """The lock, open and taken."""
     for _ in range(ATTEMPTS):
         with as_user_error(file), suppress(FileNotFoundError):  # another start that is refused takes it away
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                take(lock, holder, tell)
+                take(lock, holder, what, tell)
                 if os.path.samestat(os.fstat(lock), file.stat()):
                     return lock
             except BaseException:
                 os.close(lock)
                 raise
             os.close(lock)
-    raise UserError(f"output.name: {file} is taken away by another process again and again")
+    raise UserError(f"{what}: {file} is taken away by another process again and again")
 
 
-def forget(directory: RunDirectory, file: Path) -> None:
-    """Remove a lock that is still held, unless there is a run: whoever has opened it sees that it is another's."""
-    if not directory.settings.is_file():
+def forget(file: Path, stays: Callable[[], bool]) -> None:
+    """Remove a lock that is still held, unless it stays: whoever has opened it sees that it is another's."""
+    if not stays():
         file.unlink(missing_ok=True)
 
 
-def remove_empty(directory: RunDirectory, made: Sequence[Path]) -> None:
-    for folder in dict.fromkeys((directory.lock, *made)):
+def remove_empty(folder: Path, made: Sequence[Path]) -> None:
+    for each in dict.fromkeys((folder, *made)):
         with suppress(OSError):  # it holds something, or never was
-            folder.rmdir()
+            each.rmdir()
 
 
 def holder_of(directory: RunDirectory) -> str | None:
@@ -92,9 +104,9 @@ def holder_of(directory: RunDirectory) -> str | None:
     return None if struct.unpack_from(FLOCK, found)[0] == fcntl.F_UNLCK else who
 
 
-def take(lock: int, holder: Path, tell: Callable[[str], None]) -> None:
+def take(lock: int, holder: Path, what: str, tell: Callable[[str], None]) -> None:
     last = read(holder)
-    in_use = f"output.name: {holder.parents[1]} is in use by {last or 'another process'}; its run must end first"
+    in_use = f"{what} is in use by {last or 'another process'}; its run must end first"
     certain = True
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

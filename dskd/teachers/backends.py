@@ -3,11 +3,15 @@
 from typing import Any
 
 from dskd.config.models import TeacherConfig
+from dskd.config.run import RunConfig
 from dskd.engine.distributed import Ranks
+from dskd.teachers.cached import load_cached
 from dskd.teachers.resident import load_resident
 from dskd.teachers.teacher import Teacher
 
 
-def load_teacher(settings: TeacherConfig, tokenizer: Any, precision: str, ranks: Ranks) -> Teacher:
-    """The teacher as its settings say. Raises `UserError` for one that does not fit."""
-    return load_resident(settings, tokenizer, precision, ranks.device)
+def load_teacher(run: RunConfig, settings: TeacherConfig, tokenizer: Any, ranks: Ranks) -> Teacher:
+    """The teacher as its settings say. Raises `UserError` for one that does not fit. Collective."""
+    if settings.backend == "cache":
+        return load_cached(run, settings, tokenizer, ranks)
+    return load_resident(settings, tokenizer, run.engine.precision, ranks.device)

@@ -1,0 +1,202 @@
+"""`dskd teacher cache`: runs the teacher once over the training records, and keeps its hidden states."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dskd.config.errors import UserError
+from dskd.config.run import RunConfig
+from dskd.data.batch import Batch, collate
+from dskd.data.records import Records, read_records
+from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
+from dskd.engine.distributed import Ranks
+from dskd.engine.metrics import progress_bar
+from dskd.models.load import load_tokenizers
+from dskd.models.views import ModelEnds
+from dskd.rundir.files import as_user_error, write_json
+from dskd.rundir.layout import set_aside
+from dskd.teachers.cache.ends import read_ends, write_ends
+from dskd.teachers.cache.folder import About, CacheFolder, described
+from dskd.teachers.cache.loss_error import LossError
+from dskd.teachers.cache.pieces import DamagedPiece, damage, record_key, write_piece
+from dskd.teachers.cache.precision import Precision, Stored, encode
+from dskd.teachers.cache.read import made_with, open_pieces
+from dskd.teachers.cache.shard import Shard
+from dskd.teachers.resident import load_resident
+from dskd.teachers.teacher import Teacher
+
+PIECE_BYTES = 2**30
+PIECE_SECONDS = 300.0
+"""A piece is published when it holds so much or is so old; a kill loses no more."""
+
+
+class Wanted(NamedTuple):
+    """A record that is to be in the cache."""
+
+    length: int  # tokens of prompt and response
+    record: int
+    key: bytes
+
+
+@dataclass
+class Writer:
+    """Collects records of a shard and publishes them as pieces."""
+
+    folder: CacheFolder
+    shard: Shard
+    made_with: dict[str, Any]
+    keys: list[bytes] = field(default_factory=list)
+    stored: list[Stored] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
+    size: int = 0
+    """Bytes of what is collected."""
+    published: tuple[int, int, int] = (0, 0, 0)
+    """Records, tokens and bytes of what was published."""
+
+    def add(self, key: bytes, stored: Stored) -> None:
+        self.keys.append(key)
+        self.stored.append(stored)
+        self.size += stored.rows.nbytes
+
+    @property
+    def is_due(self) -> bool:
+        return self.size >= PIECE_BYTES or time.monotonic() - self.since >= PIECE_SECONDS
+
+    def publish(self) -> None:
+        if self.keys:
+            with as_user_error(self.folder.path, "data.cache_dir"):
+                file = write_piece(self.folder, self.shard, self.keys, self.stored, self.made_with)
+            records, tokens, size = self.published
+            tokens += sum(len(stored.rows) for stored in self.stored)
+            self.published = records + len(self.keys), tokens, size + file.stat().st_size
+        self.keys, self.stored, self.size, self.since = [], [], 0, time.monotonic()
+
+
+def write_cache(run: RunConfig, shard: Shard, ranks: Ranks) -> None:
+    """Make what the cache lacks of a shard of the training records; the ranks divide it among them. Collective.
+
+    Raises:
+        UserError: for what the user can mend, such as another task that writes the same shard.
+        Stopped: when asked to stop; what was made until then is kept.
+    """
+    if run.teacher is None or run.method.teacher == "none":
+        raise UserError(f"method.kind: {run.method.kind} learns from no teacher, so there is nothing to keep")
+    started, teacher = time.monotonic(), run.teacher
+    limits = Limits(run.data.max_length, run.data.max_prompt_length, run.data.bos)
+    records, (_, tokenizer) = read_records(run.data.train), load_tokenizers(run, limits)
+    about = described(run, teacher, ranks)
+    folder = CacheFolder.of(run, about)
+    with ExitStack() as stack:
+        ranks.together(lambda: stack.enter_context(folder.held(shard, print)) if ranks.is_main else None)
+        ranks.together(lambda: mend(folder, shard, about) if ranks.is_main else None)
+        known = {key for piece in open_pieces(folder) for key in piece.keys}
+        wanted = records_of(shard.of_rank(ranks.rank, ranks.world_size), records, tokenizer, limits, ranks)
+        missing = [each for each in wanted if each.key not in known]
+        writer = Writer(folder, shard, made_with(tokenizer, limits))
+        if ranks.sum_int(len(missing)) or not folder.ends.is_file():
+            resident = load_resident(teacher, tokenizer, run.engine.precision, ranks.device)
+            ranks.together(lambda: keep_ends(folder, resident.view.ends) if ranks.is_main else None)
+            parts = batches_of(missing, run.train.micro_batch_size * run.data.max_length)
+            batches = ((part, [tokenize(tokenizer, records[each.record], limits) for each in part]) for part in parts)
+            keep_states(resident, batches, len(missing), teacher.cache_precision, writer, ranks)
+        ranks.stop_if_asked()
+        figures = ranks.gather((len(wanted), *writer.published))
+    if ranks.is_main:
+        there, made, tokens, size = (sum(each) for each in zip(*figures, strict=True))
+        print(
+            f"shard {shard}: {there:,} records, {made:,} of them ({tokens:,} tokens, {size / 1e6:,.1f} MB) made in "
+            f"{time.monotonic() - started:.1f} s: {folder.path}"
+        )
+
+
+def mend(folder: CacheFolder, shard: Shard, about: About) -> None:
+    """Begin a cache, or set aside what is damaged of a shard, and remove what a killed task left of it."""
+    with as_user_error(folder.path, "data.cache_dir"):
+        for file in folder.unfinished(shard):
+            file.unlink()
+        if not folder.about.is_file():
+            write_json(folder.about, about)
+        for piece in open_pieces(folder, put_aside):
+            problem = damage(piece) if any(shard.holds(key) for key in piece.keys) else None
+            if problem is not None:
+                put_aside(piece.file, problem)
+        if folder.ends.is_file():
+            try:
+                read_ends(folder.ends)
+            except DamagedPiece as error:
+                put_aside(folder.ends, str(error))
+
+
+def put_aside(file: Path, problem: str) -> None:
+    print(problem)
+    file.rename(set_aside(file))
+
+
+def records_of(shard: Shard, records: Records, tokenizer: Tokenizer, limits: Limits, ranks: Ranks) -> list[Wanted]:
+    """The records of a shard, those of equal tokens once."""
+    found: dict[bytes, Wanted] = {}
+    for index in range(len(records)):
+        sample = tokenize(tokenizer, records[index], limits)
+        key = record_key(sample)
+        if shard.holds(key) and key not in found:
+            found[key] = Wanted(len(sample.prompt) + len(sample.response), index, key)
+        ranks.flags.moved()
+    return list(found.values())
+
+
+def batches_of(records: Sequence[Wanted], budget: int) -> Iterator[list[Wanted]]:
+    """Records of like length together, at most `budget` tokens with padding; the longest first, so that the first
+    batch takes as much memory as any."""
+    batch: list[Wanted] = []
+    for each in sorted(records, reverse=True):
+        if batch and batch[0].length * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(each)
+    if batch:
+        yield batch
+
+
+def keep_ends(folder: CacheFolder, ends: ModelEnds) -> None:
+    if not folder.ends.is_file():
+        with as_user_error(folder.path, "data.cache_dir"):
+            write_ends(folder.ends, ends)
+
+
+def keep_states(
+    teacher: Teacher,
+    batches: Iterator[tuple[list[Wanted], list[Sample]]],
+    total: int,
+    precision: Precision,
+    writer: Writer,
+    ranks: Ranks,
+) -> None:
+    """Run the teacher over batches of `total` records, until the end or until asked to stop; publish what it gave."""
+    flags, error, done = ranks.flags, LossError(), 0
+    flags.phase = "step"  # from here on a signal sets a flag
+    with progress_bar("teacher cache") as progress:
+        for wanted, samples in batches:
+            if flags.stop_requested:
+                break
+            side = collate(samples).to(ranks.device)
+            (states,) = teacher.states([Batch(tuple(each.record for each in wanted), side, side)])
+            stored = encode(states, precision)
+            if precision != "exact" and not error.is_known:
+                error.add(teacher.ends.head(), states, stored, side.labels)
+            for each, one in zip(wanted, stored.split(side.lengths), strict=True):
+                writer.add(each.key, one)
+            done += len(wanted)
+            flags.moved()
+            progress(done, total)
+            if writer.is_due:
+                with flags.during("save"):
+                    writer.publish()
+                if ranks.is_main:
+                    print(f"{done:,} of {total:,} records of rank 0", flush=True)
+        with flags.during("save"):
+            writer.publish()
+    if ranks.is_main and error.tokens:
+        print(f"{precision}: {error}")
