@@ -176,8 +176,7 @@ def keep_states(
 ) -> None:
     """Run the teacher over batches of `total` records, until the end or until asked to stop; publish what it gave."""
     flags, error, done = ranks.flags, LossError(), 0
-    flags.phase = "step"  # from here on a signal sets a flag
-    with progress_bar("teacher cache") as progress:
+    with flags.during("step"), progress_bar("teacher cache") as progress:  # inside, a signal sets a flag
         for wanted, samples in batches:
             if flags.stop_requested:
                 break
