@@ -4,7 +4,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from dskd.config.run import RunConfig, accumulation_steps, check_folders, check_paths
@@ -78,7 +79,7 @@ def as_rank(times: TrainConfig, work: Callable[[Flags], None], how: Callable[[],
     try:
         flags = watch_signals()  # from here on a stop may come between any two lines
         watchdog.show_stacks_on_request()
-        with watchdog.watchdog(flags, limits):
+        with watchdog.watchdog(flags, limits), stop_before_errors(flags):
             work(flags)
     except Stopped as stopped:
         if os.environ["RANK"] == "0":
@@ -91,6 +92,17 @@ def as_rank(times: TrainConfig, work: Callable[[Flags], None], how: Callable[[],
             raise
         print(*traceback.format_tb(error.__traceback__), sep="", end="", file=sys.stderr)  # where it waited
         watchdog.end_here(reason)
+
+
+@contextmanager
+def stop_before_errors(flags: Flags) -> Iterator[None]:
+    """Before the first step, an error after a request to stop is that stop: a library took it for one of its own."""
+    try:
+        yield
+    except Exception:
+        if flags.stop_requested and flags.phase == "start":
+            raise Stopped from None
+        raise
 
 
 def gpus() -> int:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,14 @@ def watch_signals() -> Flags:
 
     for number in STOP_SIGNALS:
         signal.signal(number, request)
+    tell_before = sys.unraisablehook
+
+    def tell(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, Stopped):
+            tell_before(unraisable)
+
+    # A stop that came within a callback of the interpreter goes no further; the watchdog ends what it did not.
+    sys.unraisablehook = tell
     return flags
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import weakref
 
 import pytest
 
@@ -13,7 +15,9 @@ from dskd.engine.preemption import Stopped, ignore_signals, watch_signals
 def handlers():
     """Those of pytest come back."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    hook = sys.unraisablehook
     yield
+    sys.unraisablehook = hook
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -57,3 +61,23 @@ def test_a_phase_ends_where_it_began_and_counts_as_a_move():
     with flags.during("save"):
         assert flags.phase == "save"
     assert (flags.phase, flags.moves) == ("step", moves + 1)
+
+
+class Thing:
+    """Something to refer to."""
+
+
+def test_a_stop_within_a_callback_of_the_interpreter_leaves_no_traceback(monkeypatch):
+    """Such as that of a weak reference, which ends no exception there."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_type))
+    flags, thing = watch_signals(), Thing()
+    refers = weakref.ref(thing, lambda _: send(signal.SIGTERM))
+    del thing
+    assert refers() is None
+    assert flags.stop_requested
+    assert told == []
+    thing = Thing()
+    refers = weakref.ref(thing, lambda _: 1 / 0)
+    del thing
+    assert told == [ZeroDivisionError]

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from soak.harm import arm_this_process
@@ -31,6 +32,15 @@ def run_dskd(arguments: list[str], environment: dict[str, str], output: Path) ->
     from dskd.cli import main
 
     main()
+
+
+def ignores(pid: int, number: int) -> bool:
+    """Whether a process ignores a signal: a new one has the server's handlers for a moment, and that ignores Ctrl-C."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigIgn:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
 
 
 STARTED: list["Start"] = []
@@ -59,6 +69,8 @@ class Start:
     def send(self, number: int, *ranks: int) -> None:
         """A signal to these ranks, or to all that run."""
         for process in [self.ranks[rank] for rank in ranks] or self.ranks:
+            while process.is_alive() and ignores(process.pid, number):
+                time.sleep(0.001)
             if process.is_alive():
                 os.kill(process.pid, number)
 
