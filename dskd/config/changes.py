@@ -19,7 +19,10 @@ HARMLESS = (
     "train.stall_minutes",
     "train.start_minutes",
     "train.save_minutes",
+    # Where a teacher is, not which.
     "teacher.backend",
+    "teacher.shard_group",
+    "teacher.offload",
     # The engine's settings but for the precision: what is computed where, not what.
     "engine.zero_stage",
     "engine.offload",

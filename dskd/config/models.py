@@ -40,9 +40,23 @@ class TeacherConfig:
     """Folder of the teacher as Hugging Face saves it."""
     adapter: Path | None = None
     """Folder of a LoRA adapter that is merged into the teacher after loading."""
-    backend: Literal["resident", "cache"] = "resident"
-    """Where its hidden states come from: a copy on every rank, or the files that `dskd teacher cache` wrote."""
+    backend: Literal["resident", "sharded", "cache"] = "resident"
+    """Where its hidden states come from: a copy on every rank; one copy, split over the ranks and gathered layer by
+    layer; or the files that `dskd teacher cache` wrote."""
     cache_precision: Literal["exact", "fp8", "int8"] = "exact"
     """How a cache stores them: as they are, or in a byte a value with one scale a token."""
+    shard_group: Literal["all", "node"] = "all"
+    """Of a teacher that is split, the ranks that share a copy: all, or those of a node, which talk faster."""
+    offload: Literal["none", "cpu"] = "none"
+    """Whether the pieces of a teacher that is split wait in CPU memory; without a GPU they do anyway."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model's folder. Leave it off unless you have read that code."""
+
+    def __post_init__(self) -> None:
+        for key, usual in (("shard_group", "all"), ("offload", "none")):
+            value = getattr(self, key)
+            require(
+                value == usual or self.backend != "resident",
+                key,
+                f"{value} needs backend sharded, or cache for making it",
+            )

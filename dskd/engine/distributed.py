@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,6 +91,15 @@ class Ranks:
             if text is not None:
                 raise UserError(text)
         return [value for value, _ in found]
+
+    def nodes(self) -> list[range]:
+        """The ranks of each node. A collective call. Raises `UserError` where they are not neighbours."""
+        places = self.gather(int(os.environ.get("LOCAL_RANK", self.rank)))
+        starts = [rank for rank, place in enumerate(places) if place == 0]
+        nodes = [range(*ends) for ends in pairwise([*starts, len(places)])]
+        if [place for node in nodes for place in range(len(node))] != places:
+            raise UserError(f"LOCAL_RANK: the ranks of a node must follow each other, got {places} for ranks 0, 1, ...")
+        return nodes
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -178,17 +178,24 @@ def add_lora(model: Any, settings: LoraConfig) -> nn.Module:
 
 
 def merge_adapter(model: Any, adapter: Path, key: str) -> Any:
+    with with_adapter(model, adapter, key) as adapted:
+        return adapted.merge_and_unload()
+
+
+@contextmanager
+def with_adapter(model: Any, adapter: Path, key: str, **options: bool) -> Iterator[Any]:
+    """`model` with a LoRA adapter, all of whose weights are there. Raises `UserError` for one that does not fit."""
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{key}: no adapter_model.safetensors in {adapter} (pickled .bin files are not read)")
     with loading(f"{key}: the adapter in {adapter} does not fit the model"):
-        adapted = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        adapted = PeftModel.from_pretrained(model, str(adapter), local_files_only=True, **options)
         with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
             # Else PEFT would look on the hub for the base model whose name its config holds.
             wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
             missing = sorted(set(wanted) - set(saved.keys()))
         if missing:
             raise ValueError(f"it lacks {len(missing)} of its weights, first {missing[0]}")
-        return adapted.merge_and_unload()
+        yield adapted
 
 
 def load_projectors(method: nn.Module, folder: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_signal_is_kept_until_the_ranks_agree_on_it_however_often_it_comes(num
     for _ in range(3):
         send(number)
     assert flags.stop_requested
-    assert capfd.readouterr().err == "dskd: stopping after this step, and saving the state\n"
+    assert capfd.readouterr().err == "dskd: stopping after this step, and saving what is done\n"
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -3,10 +3,12 @@
 import signal
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support.compare import figures, steps
 from support.starts import Start, finish
 from support.tiny import varied_records, write_records
+from torch import Tensor
 
 pytestmark = pytest.mark.faults
 
@@ -28,6 +30,30 @@ def cached_keys(root) -> list[bytes]:
     return [bytes(key.tolist()) for file in files for key in load_file(file)["keys"]]
 
 
+def cached_states(root) -> dict[bytes, Tensor]:
+    found = {}
+    for file in root.glob("cache/teacher-*/states-*"):
+        piece = load_file(file)
+        rows = torch.split(piece["states"], piece["offsets"].diff().tolist())
+        found |= {bytes(key.tolist()): own for key, own in zip(piece["keys"], rows, strict=True)}
+    return found
+
+
+def test_ranks_that_share_one_copy_make_what_a_whole_one_makes(run_file, tmp_path):
+    """With three of them, some have less to do than others."""
+    made = []
+    for ranks in (1, 3):
+        root = tmp_path / str(ranks)
+        root.mkdir()
+        finish(root / "log", "teacher", "cache", run_file, f"output.root={root}", ranks=ranks)
+        made.append(cached_states(root))
+        (ends,) = root.glob("cache/teacher-*/ends.safetensors")
+        made.append(load_file(ends))
+    for alone, shared in (made[::2], made[1::2]):
+        assert len(alone) > 1
+        torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_stopped_it_keeps_what_it_made_and_goes_on(run_file, tmp_path):
     write_records(tmp_path / "train.jsonl", varied_records(8_000))
     (log := tmp_path / "log").touch()
@@ -35,7 +61,7 @@ def test_stopped_it_keeps_what_it_made_and_goes_on(run_file, tmp_path):
     start.until(lambda: list(tmp_path.glob("outputs/cache/teacher-*/ends.safetensors")))
     start.send(signal.SIGTERM)
     assert start.wait() == [75, 75], start.text()
-    assert "stopped as asked; go on with: the same command" in start.text()
+    assert "stopped as asked; go on with the same command" in start.text()
     kept = len(cached_keys(tmp_path))
     said = finish(log, "teacher", "cache", run_file, "--shard", "1/4", ranks=1).splitlines()[-1]
     there, made = (int(said.split()[i].replace(",", "")) for i in (2, 4))

@@ -31,8 +31,11 @@ class CachedEnds:
 
 
 @torch.no_grad()
-def write_ends(file: Path, ends: ModelEnds) -> None:
-    """Publish what `ends` gives; embeddings that are the head's weight are written once."""
+def tensors_of(ends: ModelEnds) -> dict[str, Tensor]:
+    """What is kept of head and embeddings, in the host's memory; embeddings that are the head's weight are kept once.
+
+    A collective call where the teacher is split over the ranks.
+    """
     head = ends.head()
     rows = torch.arange(ends.embeddings.num_embeddings, device=head.weight.device)
     embeddings = ends.embed(rows)  # by the module, which may scale them
@@ -41,7 +44,12 @@ def write_ends(file: Path, ends: ModelEnds) -> None:
         tensors["head.bias"] = head.bias.detach().cpu()
     if not torch.equal(embeddings, head.weight):
         tensors["embeddings"] = embeddings.cpu()
-    settings = {"scale": json.dumps(head.scale), "softcap": json.dumps(head.softcap)}
+    return tensors
+
+
+def write_ends(file: Path, tensors: dict[str, Tensor], ends: ModelEnds) -> None:
+    """Publish the tensors of `ends`, and how its logits are scaled."""
+    settings = {"scale": json.dumps(ends.scale), "softcap": json.dumps(ends.softcap)}
     about = settings | {"checksum": str(index_checksum(tensors))}
 
     def write() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dskd.config.errors import UserError
+from dskd.config.models import TeacherConfig
 from dskd.config.run import RunConfig
 from dskd.data.batch import Batch, collate
 from dskd.data.records import Records, read_records
@@ -18,14 +19,15 @@ from dskd.models.load import load_tokenizers
 from dskd.models.views import ModelEnds
 from dskd.rundir.files import as_user_error, write_json
 from dskd.rundir.layout import set_aside
-from dskd.teachers.cache.ends import read_ends, write_ends
+from dskd.teachers.cache.ends import read_ends, tensors_of, write_ends
 from dskd.teachers.cache.folder import About, CacheFolder, described
 from dskd.teachers.cache.loss_error import LossError
 from dskd.teachers.cache.pieces import DamagedPiece, damage, record_key, write_piece
 from dskd.teachers.cache.precision import Precision, Stored, encode
 from dskd.teachers.cache.read import made_with, open_pieces
 from dskd.teachers.cache.shard import Shard
-from dskd.teachers.resident import load_resident
+from dskd.teachers.resident import ResidentTeacher, load_resident
+from dskd.teachers.sharded import ShardedTeacher, load_sharded
 from dskd.teachers.teacher import Teacher
 
 PIECE_BYTES = 2**30
@@ -39,6 +41,10 @@ class Wanted(NamedTuple):
     length: int  # tokens of prompt and response
     record: int
     key: bytes
+
+
+ANY = Wanted(0, 0, b"")
+"""A record that no one wants."""
 
 
 @dataclass
@@ -97,11 +103,16 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks) -> None:
         missing = [each for each in wanted if each.key not in known]
         writer = Writer(folder, shard, made_with(tokenizer, limits))
         if ranks.sum_int(len(missing)) or not folder.ends.is_file():
-            resident = load_resident(teacher, tokenizer, run.engine.precision, ranks.device)
-            ranks.together(lambda: keep_ends(folder, resident.view.ends) if ranks.is_main else None)
-            parts = batches_of(missing, run.train.micro_batch_size * run.data.max_length)
-            batches = ((part, [tokenize(tokenizer, records[each.record], limits) for each in part]) for part in parts)
-            keep_states(resident, batches, len(missing), teacher.cache_precision, writer, ranks)
+            running = load_running(teacher, tokenizer, run.engine.precision, ranks)
+            keep_ends(folder, running.view.ends, ranks)
+            parts = list(batches_of(missing, run.train.micro_batch_size * run.data.max_length))
+            rounds = max(ranks.gather(len(parts)))
+            # A split teacher runs on all ranks or none: one with less to do repeats a record, and keeps nothing of it.
+            parts += [[] for _ in range(rounds - len(parts))]
+            batches = (
+                (part, [tokenize(tokenizer, records[each.record], limits) for each in part or [ANY]]) for part in parts
+            )
+            keep_states(running, batches, len(missing), teacher.cache_precision, writer, ranks)
         ranks.stop_if_asked()
         figures = ranks.gather((len(wanted), *writer.published))
     if ranks.is_main:
@@ -160,10 +171,28 @@ def batches_of(records: Sequence[Wanted], budget: int) -> Iterator[list[Wanted]]
         yield batch
 
 
-def keep_ends(folder: CacheFolder, ends: ModelEnds) -> None:
-    if not folder.ends.is_file():
-        with as_user_error(folder.path, "data.cache_dir"):
-            write_ends(folder.ends, ends)
+def load_running(
+    settings: TeacherConfig, tokenizer: Any, precision: str, ranks: Ranks
+) -> ResidentTeacher | ShardedTeacher:
+    """The teacher that makes the states: several ranks share one copy, since it may fit on none of them."""
+    if ranks.world_size == 1:
+        return load_resident(settings, tokenizer, precision, ranks.device)
+    return load_sharded(settings, tokenizer, precision, ranks)
+
+
+def keep_ends(folder: CacheFolder, ends: ModelEnds, ranks: Ranks) -> None:
+    """Write head and embeddings where they are not there. A collective call."""
+    absent = ranks.sum_int(ranks.is_main and not folder.ends.is_file())
+    if not absent:
+        return
+    tensors = tensors_of(ends)
+
+    def write() -> None:
+        if ranks.is_main:
+            with as_user_error(folder.path, "data.cache_dir"):
+                write_ends(folder.ends, tensors, ends)
+
+    ranks.together(write)
 
 
 def keep_states(
@@ -174,14 +203,19 @@ def keep_states(
     writer: Writer,
     ranks: Ranks,
 ) -> None:
-    """Run the teacher over batches of `total` records, until the end or until asked to stop; publish what it gave."""
+    """Run the teacher over batches of `total` records, until the end or until asked to stop; publish what it gave.
+
+    Collective: all ranks have equally many batches, and one of no record is run and not kept.
+    """
     flags, error, done = ranks.flags, LossError(), 0
     with flags.during("step"), progress_bar("teacher cache") as progress:  # inside, a signal sets a flag
         for wanted, samples in batches:
-            if flags.stop_requested:
+            if ranks.agree().stop:
                 break
             side = collate(samples).to(ranks.device)
             (states,) = teacher.states([Batch(tuple(each.record for each in wanted), side, side)])
+            if not wanted:
+                continue
             stored = encode(states, precision)
             if precision != "exact" and not error.is_known:
                 error.add(teacher.ends.head(), states, stored, side.labels)
