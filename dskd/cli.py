@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +55,16 @@ def join_numbers(arguments: list[str]) -> list[str]:
         else:
             joined.append(argument)
     return joined
+
+
+@contextmanager
+def as_options() -> Iterator[None]:
+    """Inside, what is wrong with a key is told of the option that stands for it: max_length is --max-length."""
+    try:
+        yield
+    except UserError as error:
+        key, colon, problem = str(error).partition(":")
+        raise UserError(f"--{key.replace('_', '-')}{colon}{problem}") from None
 
 
 def show_version(wanted: bool) -> None:
@@ -126,7 +138,10 @@ def collect(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A saved model: a folder that `dskd train` wrote, or any other.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A saved model: a folder that `dskd train` wrote, or any other; of a run its best one."),
+    ],
     data: Annotated[Path, typer.Option(help="Records to answer, jsonl.")],
     seeds: Annotated[str, typer.Option(help="Sampling seeds, such as --seeds 10 20 30.")] = "10 20 30 40 50",
     greedy: Annotated[bool, typer.Option("--greedy", help="Most probable token instead of sampling.")] = False,
@@ -139,17 +154,20 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Prompts at a time on each process.")] = GENERATION.batch_size,
     bos: Annotated[bool, typer.Option("--bos", help="Put BOS before the prompt.")] = False,
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    processes: Annotated[int | None, typer.Option(help="Processes; empty: one for each GPU.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes; empty: one for each GPU.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for answers.jsonl and results.json; default CHECKPOINT/eval/DATA.")
     ] = None,
 ) -> None:
     """Generate answers with a saved model and score ROUGE-L and exact match."""
+    from dskd.config.hub import find_model
     from dskd.config.load import parse_seeds
-    from dskd.config.run import check_checkpoint, check_folder
+    from dskd.config.run import check_checkpoint, check_folder, check_length
     from dskd.data.records import check_records
     from dskd.rundir.layout import evaluation_of
+    from dskd.rundir.read import model_of
 
+    checkpoint = model_of(find_model(checkpoint))
     numbers = parse_seeds(seeds)
     if precision not in ("bf16", "fp32"):
         raise UserError(f"--precision: allowed: bf16, fp32; got {precision!r}")
@@ -157,7 +175,9 @@ def evaluate(
     check_checkpoint(checkpoint)
     check_records(data)
     check_folder("--output", folder)
-    settings = GenerationConfig(greedy, temperature, top_p, max_length, max_prompt_length, batch_size)
+    check_length("--max-length", max_length, checkpoint)
+    with as_options():
+        settings = GenerationConfig(greedy, temperature, top_p, max_length, max_prompt_length, batch_size)
     from dskd.start import gpus, start_ranks
 
     if "RANK" not in os.environ:
@@ -176,7 +196,7 @@ def evaluate(
 
 RunDirectories = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[RUN_DIR]...", help="Run directories; empty: all submitted ones under outputs/."),
+    typer.Argument(metavar="[RUN_DIR]...", help="Run directories; empty: all under outputs/."),
 ]
 Cluster = Annotated[
     str, typer.Option(help="Cluster profile: the name of a file in slurm/clusters, or the path of a YAML file.")
@@ -208,7 +228,7 @@ def submit(
 
 @app.command()
 def status(directories: RunDirectories = None) -> None:
-    """Show state, progress and restarts of submitted runs."""
+    """Show state, progress, best model and restarts of runs, those of this machine and submitted ones."""
     from dskd.launch.verbs import show_status
 
     show_status(directories)
@@ -256,15 +276,19 @@ def pipeline(
 
 @app.command()
 def align(
-    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A model's folder, or any with its tokenizer.")],
+    teacher: Annotated[
+        Path, typer.Argument(metavar="TEACHER", help="A model's folder or org/model, as in a run file.")
+    ],
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="The same of the student.")],
     cache_dir: Annotated[Path, typer.Option(help="Where maps are kept; a run's data.cache_dir.")] = Path(
         "outputs/cache"
     ),
 ) -> None:
     """Map each teacher token to its nearest student token, for method mined, and tell how many match."""
+    from dskd.config.hub import find_model
     from dskd.config.run import check_folder
 
+    teacher, student = find_model(teacher), find_model(student)
     check_folder("--cache-dir", cache_dir)
     from dskd.data.vocabulary_map import load_or_build
     from dskd.engine.metrics import progress_bar
@@ -306,12 +330,13 @@ def cache(
 @app.command()
 def settings(
     prefix: Annotated[str, typer.Argument(help="Show keys that begin with this, such as train or engine.")] = "",
+    search: Annotated[str, typer.Option(help="Show keys with this word in their name, type or help.")] = "",
     cluster: Annotated[bool, typer.Option("--cluster", help="Those of a cluster profile instead.")] = False,
 ) -> None:
     """List every key of a run file, or of a cluster profile, with its type, default and help."""
     from dskd.show import show_settings
 
-    show_settings(prefix, cluster)
+    show_settings(prefix, search, cluster)
 
 
 @app.command()
@@ -329,7 +354,7 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for models and runs; each start makes a new run in it.")] = Path(
         "outputs/quickstart"
     ),
-    processes: Annotated[int, typer.Option(help="Processes to train with.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 1,
 ) -> None:
     """Distil a real 135 M-parameter teacher into a small student with another vocabulary, here and in minutes."""
     from dskd.quickstart import quickstart as run_quickstart

@@ -3,7 +3,7 @@
 import json
 import statistics
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dskd.config.training import GenerationConfig
 from dskd.data.records import Record, read_records
 from dskd.data.tokenization import Limits, Tokenizer, check_tokenizer, tokenize_prompt
 from dskd.engine.distributed import Ranks
+from dskd.engine.metrics import progress_bar
 from dskd.models.generate import generate
 from dskd.models.load import load_checkpoint, load_tokenizer
 from dskd.rundir.files import as_user_error, write_json, write_text
@@ -45,6 +46,7 @@ def answer_all(
     seed: int,
     ranks: Ranks,
     bos: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
     """One scored answer for each record, in record order, on every rank.
 
@@ -61,7 +63,8 @@ def answer_all(
     training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []):
-        for own, batch in rounds(batches, ranks):
+        for done, (own, batch) in enumerate(rounds(batches, ranks)):
+            progress(done * ranks.world_size, len(batches))
             ranks.stop_if_asked()
             torch.manual_seed(seed * 1_000_003 + batch)
             texts = generate(model, tokenizer, [prompts[i] for i in batches[batch]], settings, ranks)
@@ -121,7 +124,14 @@ def evaluate(
     check_tokenizer(tokenizer, Limits(settings.max_length, settings.max_prompt_length, bos), str(checkpoint))
     model = load_checkpoint(checkpoint, precision, ranks.device)
     used = list(seeds[:1]) if settings.greedy else list(seeds)
-    by_seed = [answer_all(model, tokenizer, records, settings, seed, ranks, bos) for seed in used]
+    by_seed = []
+    with progress_bar("answers") as show:
+        for index, seed in enumerate(used):
+
+            def progress(done: int, total: int, before: int = index) -> None:
+                show(before * total + done, len(used) * total)
+
+            by_seed.append(answer_all(model, tokenizer, records, settings, seed, ranks, bos, progress))
     results = {"checkpoint": str(checkpoint), "data": str(data), "records": len(records), "seeds": used}
     results |= {"generation": asdict(settings)} | summary([mean_scores(answers) for answers in by_seed])
     if ranks.is_main:

@@ -108,7 +108,7 @@ def write_student(folder: Path) -> None:
         intermediate_size=448,
         num_hidden_layers=2,
         num_attention_heads=5,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

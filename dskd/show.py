@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 from rich.console import Console
@@ -27,11 +28,14 @@ def show_collected(run_directories: Sequence[Path], to: Path) -> None:
     show(table, 160)
 
 
-def show_settings(prefix: str, cluster: bool) -> None:
+def show_settings(prefix: str, search: str, cluster: bool) -> None:
     """`dskd settings`."""
-    kind = ClusterConfig if cluster else RunConfig
-    found = list_settings(prefix, kind)
-    if not found:
+    kind, word = ClusterConfig if cluster else RunConfig, search.casefold()
+    chosen = list_settings(prefix, kind)
+    found = [setting for setting in chosen if word in " ".join(astuple(setting)).casefold()]
+    if chosen and not found:
+        raise UserError(f"--search: no key has {search!r} in its name, type, default or help")
+    if not chosen:
         areas = ", ".join(dict.fromkeys(s.key.partition(".")[0].partition("(")[0] for s in list_settings(kind=kind)))
         raise UserError(f"settings: no key begins with {prefix!r}; areas: {areas}")
     table = Table("key", "type", "default", "help", box=None, pad_edge=False, header_style="bold")

@@ -20,6 +20,7 @@ def start_training(run: RunConfig, force: bool) -> None:
     """Train on as many ranks as the run wants, or as the one rank that this process is."""
     check_before(run)
     if "RANK" not in os.environ:
+        tell_ignored_nodes(run)
         processes = run.launch.processes or gpus()
         accumulation_steps(run, processes)
         start_ranks(processes)
@@ -42,6 +43,7 @@ def start_caching(run: RunConfig, shard: Shard) -> None:
     """Write a shard of the teacher's cache, on as many ranks as `start_training` would train on."""
     check_before(run)
     if "RANK" not in os.environ:
+        tell_ignored_nodes(run)
         start_ranks(run.launch.processes or gpus())
 
     def work(flags: Flags) -> None:
@@ -62,6 +64,12 @@ def check_before(run: RunConfig) -> None:
     check_folders(run)
     check_records(run.data.train)
     check_records(run.data.dev)
+
+
+def tell_ignored_nodes(run: RunConfig) -> None:
+    if run.launch.nodes > 1:
+        hint = "`dskd submit` starts them; by hand, set RANK, WORLD_SIZE and MASTER_ADDR for each rank"
+        print(f"dskd: launch.nodes: {run.launch.nodes} is ignored, this machine works alone ({hint})", file=sys.stderr)
 
 
 def as_rank(times: TrainConfig, work: Callable[[Flags], None], how: Callable[[], str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from dskd.assemble import Training, assemble, kinds_for
 from dskd.checkpoint.manager import CheckpointManager, opened
 from dskd.config.errors import UserError
+from dskd.config.hub import model_name
 from dskd.config.run import RunConfig
 from dskd.config.training import TrainConfig
 from dskd.data.batch import Batch
@@ -129,7 +130,13 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) ->
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
+        **gpu_memory(ranks.device),
     }
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """The most that this rank has held so far, in GiB; nothing without a GPU."""
+    return {"gpu_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
 def teacher_tokens(teacher: Teacher | None, batches: Sequence[Batch]) -> Iterable[Tokens | None]:
@@ -253,7 +260,7 @@ def announce(training: Training, state: TrainState, notes: Sequence[str]) -> Non
     run, student, total = training.run, training.distiller.student, training.length.total_steps
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters() if p.requires_grad)
     LOG.info(
-        f"{run.method.kind}: {run.student.path.name}, {trained / 1e6:.1f} M trained weights, "
+        f"{run.method.kind}: {model_name(run.student.path)}, {trained / 1e6:.1f} M trained weights, "
         f"{len(training.train.records)} records, {total} steps of {run.train.global_batch_size}, "
         f"{training.ranks.world_size} rank(s) on {training.ranks.device.type}, ZeRO-{run.engine.zero_stage}, "
         f"{run.engine.precision}"

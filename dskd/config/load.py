@@ -1,12 +1,11 @@
 """YAML files with `extends` and `key=value` overrides -> RunConfig, and one line for whatever is wrong."""
 
-import difflib
 import io
 import math
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -22,7 +21,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
 
 from dskd.config.errors import LAST_SEED, UserError, shown
+from dskd.config.hub import find_model
 from dskd.config.methods import MethodConfig
+from dskd.config.models import ModelPath
+from dskd.config.names import keys_of, unknown
 from dskd.config.run import RunConfig
 
 COMMAND_LINE = "command line"
@@ -172,7 +174,7 @@ def structure(values: dict[str, Any], origins: Mapping[str, str], file: str, kin
     try:
         return converter().structure(values, kind)
     except (BaseValidationError, UserError) as error:
-        key, problem = next(problems(error))
+        key, problem = next(problems(error, kind))
         if "environment" in key[:-1]:
             problem = problem.partition(", got ")[0]  # the value of an environment variable may be a secret
         full = [key[:end] for end in range(len(key), 0, -1)]
@@ -180,8 +182,8 @@ def structure(values: dict[str, Any], origins: Mapping[str, str], file: str, kin
         raise UserError(f"{origin}: {'.'.join(key)}: {problem}" if key else f"{origin}: {problem}") from None
 
 
-def problems(error: BaseException, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Each leaf of a cattrs error as (key, problem)."""
+def problems(error: BaseException, kind: type, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Each leaf of a cattrs error as (key, problem); `kind` is what the whole file should have been."""
     for note in getattr(error, "__notes__", ()):
         if isinstance(note, AttributeValidationNote):
             key = (*key, note.name)
@@ -189,13 +191,13 @@ def problems(error: BaseException, key: tuple[str, ...] = ()) -> Iterator[tuple[
             key = (*key, note.index)
     if isinstance(error, BaseValidationError):
         for inner in error.exceptions:
-            yield from problems(inner, key)
+            yield from problems(inner, kind, key)
     elif isinstance(error, ForbiddenExtraKeysError):
         allowed = sorted(f.name for f in fields(error.cl))
         if issubclass(error.cl, MethodConfig):
             allowed = ["kind", *allowed]
         for extra in sorted(error.extra_fields):
-            yield (*key, extra), unknown("key", extra, allowed)
+            yield (*key, extra), unknown("key", extra, allowed, keys_of(kind))
     elif isinstance(error, KeyError):
         yield key, "is missing"
     elif isinstance(error, UserError):
@@ -203,14 +205,6 @@ def problems(error: BaseException, key: tuple[str, ...] = ()) -> Iterator[tuple[
         yield ((*key, *name.split(".")), problem) if colon else (key, name)
     else:
         yield key, str(error)
-
-
-def unknown(what: str, name: str, allowed: Iterable[object]) -> str:
-    """One line on a name that is not among `allowed`."""
-    names = [str(a) for a in allowed]
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"; nearest: {nearest[0]}" if nearest else ""
-    return f"unknown {what}; allowed: {', '.join(names)}{hint}"
 
 
 def converter() -> Converter:
@@ -224,6 +218,7 @@ def converter() -> Converter:
     ):
         strict.register_structure_hook(kind, exactly(kind, accepted, name))
     strict.register_structure_hook(Path, path)
+    strict.register_structure_hook_func(lambda t: t == ModelPath, lambda value, t: find_model(path(value, t)))
     strict.register_structure_hook_func(lambda t: origin_is(t, Literal), literal)
     strict.register_structure_hook_func(
         lambda t: origin_is(t, tuple),

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from dskd.config.errors import MOST, require, require_at_most
+
+ModelPath = Annotated[Path, "a folder, or the name org/model of one that was downloaded from the Hugging Face hub"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    path: Path
-    """Folder of the student as Hugging Face saves it: config.json, safetensors weights, tokenizer."""
+    path: ModelPath
+    """Folder of the student as Hugging Face saves it, or the name org/model of one in the local hub cache."""
     lora: LoraConfig | None = None
     """Train a low-rank adapter instead of all weights."""
     trust_remote_code: bool = False
@@ -36,9 +38,9 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    path: Path
-    """Folder of the teacher as Hugging Face saves it."""
-    adapter: Path | None = None
+    path: ModelPath
+    """Folder of the teacher as Hugging Face saves it, or the name org/model of one in the local hub cache."""
+    adapter: ModelPath | None = None
     """Folder of a LoRA adapter that is merged into the teacher after loading."""
     backend: Literal["resident", "sharded", "cache"] = "resident"
     """Where its hidden states come from: a copy on every rank; one copy, split over the ranks and gathered layer by

@@ -6,7 +6,7 @@ from typing import Literal
 
 from dskd.config.errors import LAST_SEED, UserError, require, require_at_most
 from dskd.config.launch import MOST_HOURS
-from dskd.config.load import unknown
+from dskd.config.names import unknown
 from dskd.config.training import GenerationConfig
 
 TRAINING = ("settings", "teacher", "student")

@@ -10,6 +10,7 @@ from pathlib import Path
 from dskd.config.data import DataConfig
 from dskd.config.engine import EngineConfig
 from dskd.config.errors import UserError, require, shown
+from dskd.config.hub import cache_folder, hub_name, model_name
 from dskd.config.launch import LaunchConfig
 from dskd.config.methods import DualSpaceConfig, MethodConfig
 from dskd.config.models import StudentConfig, TeacherConfig
@@ -86,7 +87,7 @@ class RunConfig:
         """The run directory."""
         path = self.student.path
         # ROOT/STUDENT/METHOD/NAME/best is still that student.
-        student = path.parents[2].name if path.name == BEST and len(path.parents) > 3 else path.name
+        student = path.parents[2].name if path.name == BEST and len(path.parents) > 3 else model_name(path)
         return self.output.root / student / self.method.kind / self.output.name
 
 
@@ -139,9 +140,13 @@ def check_paths(run: RunConfig, coming: Collection[Path] = ()) -> None:
             require(file.is_file(), key, f"no such file: {file}")
     if run.student.path not in coming:
         check_model_folder("student.path", run.student.path)
+        check_length("data.max_length", run.data.max_length, run.student.path)
+        if run.eval.generate:
+            check_length("eval.generation.max_length", run.eval.generation.max_length, run.student.path)
     if run.teacher is not None and run.method.teacher != "none":
         if run.teacher.path not in coming:
             check_model_folder("teacher.path", run.teacher.path)
+            check_length("data.max_length", run.data.max_length, run.teacher.path)
         if run.teacher.adapter is not None:
             adapter = run.teacher.adapter / "adapter_config.json"
             with looked_at("teacher.adapter"):
@@ -177,12 +182,40 @@ def looked_at(key: str) -> Iterator[None]:
 def check_model_folder(key: str, folder: Path) -> None:
     """Raise `UserError` unless `folder` holds a configuration and safetensors weights."""
     with looked_at(key):
-        require(folder.is_dir(), key, f"no such folder: {folder} (a downloaded Hugging Face model is expected)")
-        require((folder / "config.json").is_file(), key, f"no config.json in {folder}")
+        require(folder.is_dir(), key, f"no such folder: {folder} ({expected_instead(folder)})")
+        config, adapter = (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
+    whole = " and teacher.adapter this one" if key == "teacher.path" else ""
+    require(
+        config or not adapter, key, f"{folder} is a LoRA adapter; {key} takes the whole model that it is for{whole}"
+    )
+    require(config, key, f"no config.json in {folder}")
+    with looked_at(key):
         weights = any(folder.glob("*.safetensors"))
     require(weights, key, f"no weights in {folder}: a .safetensors file is expected (pickled .bin files are not read)")
     for name in ("config.json", "tokenizer_config.json"):
         check_object(key, folder / name)
+
+
+def expected_instead(folder: Path) -> str:
+    name = hub_name(folder)
+    if name is None:
+        return "a downloaded Hugging Face model is expected"
+    return f"nor is {name} in {cache_folder()}; to download it: hf download {name}"
+
+
+def check_length(key: str, length: int, folder: Path) -> None:
+    """Raise `UserError` where a model, looked at before, says that it has fewer positions."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return  # an adapter
+    with looked_at(key):
+        config = json.loads(file.read_bytes())
+    inner = config.get("text_config")  # of a model that takes images too
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions"):
+            most = values.get(name)
+            fits = not isinstance(most, int) or most <= 0 or length <= most
+            require(fits, key, f"{length} is more than the {most} positions of {folder}")
 
 
 def check_object(key: str, file: Path) -> None:

@@ -20,6 +20,14 @@ from dskd.rundir.layout import RunDirectory
 LOG = logging.getLogger("dskd")
 PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line at most this often."""
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "gradient {:.2f}",
+    "tokens_per_second": "{:.0f} tokens/s",
+    "gpu_gib": "{:.1f} GiB",
+}
+"""Which figures of a step are shown, and how."""
 
 
 class Monitor:
@@ -100,7 +108,10 @@ class Monitor:
         if not self.is_main:
             return
         self.first = self.first or int(figures["step"])
-        done, short = int(figures["step"]), f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:.0f} tokens/s"
+        done, short = (
+            int(figures["step"]),
+            "  ".join(form.format(figures[k]) for k, form in SHOWN.items() if k in figures),
+        )
         if self.console.is_terminal:
             self.progress.update(self.task, completed=done, figures=short)
         elif time.monotonic() - self.last_line > PLAIN_SECONDS or done == self.total_steps:
@@ -142,13 +153,28 @@ def one_line(error: BaseException | None) -> str:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal, while something is made: call with (done, total)."""
+    """On stderr, how far something is that takes long, as a bar or as a line now and then: call with (done, total)."""
     console = Console(stderr=True)
-    with Progress(
-        TextColumn(label), BarColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
+    if not console.is_terminal:
+        yield lines_of_progress(label)
+        return
+    with Progress(TextColumn(label), BarColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(label)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def lines_of_progress(label: str) -> Callable[[int, int], None]:
+    started = last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > PLAIN_SECONDS:
+            last = now
+            left = (total - done) * (now - started) / max(done, 1)
+            print(f"{label}: {done}/{total}  about {left / 60:.1f} min left", file=sys.stderr)
+
+    return tell
 
 
 class _AboveBar(logging.Handler):

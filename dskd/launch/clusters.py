@@ -5,7 +5,8 @@ from pathlib import Path
 import dskd
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError
-from dskd.config.load import load, unknown
+from dskd.config.load import load
+from dskd.config.names import unknown
 
 
 def find_cluster(name: str) -> tuple[str, ClusterConfig]:

@@ -1,4 +1,4 @@
-"""What a submitted run is doing, and what it wrote: read from its run directory and one call of Slurm for all."""
+"""What a run is doing, and what it wrote: read from its run directory, and of submitted ones one call of Slurm."""
 
 import sys
 import time
@@ -11,7 +11,17 @@ from dskd.config.errors import UserError
 from dskd.launch import slurm
 from dskd.rundir.jobs import Job, Jobs, Start
 from dskd.rundir.layout import RunDirectory
-from dskd.rundir.read import TAIL_BYTES, read_length, read_rougel, read_steps
+from dskd.rundir.lock import holder_of
+from dskd.rundir.read import (
+    TAIL_BYTES,
+    is_complete,
+    read_length,
+    read_rougel,
+    read_steps,
+    read_train_state,
+    require_run,
+)
+from dskd.rundir.train_state import SavedModel, TrainState
 
 RECENT_STEPS = 20
 """Steps over which speed is averaged."""
@@ -21,9 +31,13 @@ ENDED = ("finished", "failed", "cancelled")
 @dataclass(frozen=True)
 class Status:
     directory: Path
-    job: str
+    job: str | None
+    """None for a run that was started here."""
     state: str
-    """One word: pending, running, again, finished, failed, cancelled, damaged, or gone where nobody knows more."""
+    """One word: pending, running, again, finished, failed, cancelled, damaged, or gone where nobody knows more.
+
+    Of a run that was started here: running, finished, stopped or damaged.
+    """
     note: str
     """Why: the queue's reason, or how the run ended."""
     nodes: str
@@ -37,12 +51,16 @@ class Status:
     """Step of the last complete state."""
     rougel: float | None
     """Of a finished evaluation."""
+    best: SavedModel | None = None
+    """The best model by the last complete state."""
 
 
-def submitted_under(root: Path) -> list[Path]:
-    """Run directories under `root` that were submitted."""
+def runs_under(root: Path) -> list[Path]:
+    """Run directories under `root`, and what else was submitted there."""
     own = RunDirectory(Path()).job.submission
-    return sorted(file.parents[len(own.parts) - 1] for file in root.rglob(str(own)))
+    submitted = {file.parents[len(own.parts) - 1] for file in root.rglob(str(own))}
+    begun = {file.parent for file in root.rglob(RunDirectory(Path()).settings.name) if file.parent.name != own.parts[0]}
+    return sorted(submitted | begun)
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ class Submitted:
 def statuses(directories: Sequence[Path]) -> list[Status]:
     """The state of each run; where a file of one is damaged, its status says so, and the others are not touched.
 
-    Raises `UserError` for a directory that was never submitted.
+    Raises `UserError` for a directory that holds no run and was never submitted.
     """
     folders = [Jobs.at(directory.absolute()) for directory in directories]
     read = [read_submission(folder) for folder in folders]
@@ -79,21 +97,53 @@ def statuses(directories: Sequence[Path]) -> list[Status]:
 
 def read_submission(jobs: Jobs) -> Submitted | Status:
     if not jobs.folder.submission.exists():
-        require_job(jobs)
+        require_run(jobs.directory.path)
+        return local_status(jobs)
     try:
         return Submitted(jobs, require_job(jobs), jobs.starts())
     except UserError as error:
         return damaged(jobs, "", error)
 
 
-def damaged(jobs: Jobs, job: str, error: UserError) -> Status:
+def local_status(jobs: Jobs) -> Status:
+    """Of a run that was started here: its lock tells whether somebody works in it."""
+    directory = jobs.directory
+    try:
+        holder, state = holder_of(directory), read_train_state(directory)
+        pace, saved = pace_of(jobs), jobs.state_step()
+        word = "running" if holder else "finished" if is_complete(directory) else "stopped"
+    except UserError as error:
+        return damaged(jobs, None, error)
+    return Status(
+        directory=directory.path,
+        job=None,
+        state=word,
+        note="",
+        nodes=holder or "",
+        step=saved if pace.step is None else pace.step,
+        total_steps=pace.total_steps,
+        tokens_per_second=pace.tokens_per_second,
+        seconds_left=pace.seconds_left if holder else None,
+        restarts=(),
+        state_step=saved,
+        rougel=None,
+        best=best_in(state),
+    )
+
+
+def best_in(state: TrainState | None) -> SavedModel | None:
+    return state.best[0] if state is not None and state.best else None
+
+
+def damaged(jobs: Jobs, job: str | None, error: UserError) -> Status:
     return Status(jobs.directory.path, job, "damaged", str(error), "", 0, None, None, None, (), 0, None)
 
 
 def require_job(jobs: Jobs) -> Job:
     job = jobs.read()
     if job is None:
-        raise UserError(f"{jobs.directory.path}: not a submitted run (no job/job.json in it)")
+        local = f"; what it writes is in {jobs.directory.log}" if jobs.directory.settings.is_file() else ""
+        raise UserError(f"{jobs.directory.path}: not a submitted run (no job/job.json in it){local}")
     return job
 
 
@@ -112,6 +162,7 @@ def status_of(one: Submitted, queued: dict[str, slurm.QueueEntry], ended: dict[s
         else:
             state, note, nodes = after_the_queue(jobs, job, one.own_starts, ended.get(job.id or ""))
         pace, saved, rougel = pace_of(jobs), jobs.state_step(), read_rougel(jobs.directory.path)
+        best = best_in(read_train_state(jobs.directory))
     except UserError as error:
         return damaged(jobs, job.id or "", error)
     return Status(
@@ -127,6 +178,7 @@ def status_of(one: Submitted, queued: dict[str, slurm.QueueEntry], ended: dict[s
         restarts=tuple(start.reason for start in one.starts if start.outcome in ("again", "lost")),
         state_step=saved,
         rougel=rougel,
+        best=best,
     )
 
 

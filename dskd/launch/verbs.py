@@ -11,7 +11,7 @@ from dskd.launch import slurm
 from dskd.launch.clusters import find_cluster
 from dskd.launch.pipeline import read_pipeline, run_here, submit_pipeline, would_run, would_submit
 from dskd.launch.request import Request, train_request
-from dskd.launch.status import Status, require_job, statuses, submitted_under
+from dskd.launch.status import Status, require_job, runs_under, statuses
 from dskd.launch.submit import submission_text, submit
 from dskd.rundir.jobs import Jobs
 from dskd.rundir.read import is_complete, read_run
@@ -77,9 +77,9 @@ def refuse_twins(requests: Sequence[Request]) -> None:
 
 def show_status(directories: Sequence[Path] | None) -> None:
     """`dskd status`: one block a run."""
-    found = list(directories or submitted_under(Path("outputs")))
+    found = list(directories or runs_under(Path("outputs")))
     if not found:
-        raise UserError("status: nothing was submitted to outputs/; name a run directory")
+        raise UserError("status: no run is under outputs/; name a run directory")
     for status in statuses(found):
         print(format_status(status))
 
@@ -88,8 +88,11 @@ def format_status(status: Status) -> str:
     """One run, or one evaluation, in a few lines."""
     where = f" on {status.nodes}" if status.nodes else ""
     note = f" ({status.note})" if status.note else ""
-    lines = [f"{shown_path(status.directory)}", f"  job {status.job} {status.state}{where}{note}"]
+    kind = "here" if status.job is None else f"job {status.job}"
+    lines = [f"{shown_path(status.directory)}", f"  {kind} {status.state}{where}{note}"]
     lines.append(f"  {', '.join(figures(status))}")
+    if status.best is not None:
+        lines.append(f"  best model {status.best.folder} ({status.best.scores})")
     if status.restarts:
         lines.append(f"  started again {len(status.restarts)} times: {', '.join(status.restarts)}")
     return "\n".join(lines)

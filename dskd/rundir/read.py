@@ -36,6 +36,16 @@ def require_run(path: Path) -> None:
         raise UserError(f"{path}: no run.yaml: a run directory is expected, as `dskd train` writes it")
 
 
+def model_of(path: Path) -> Path:
+    """A saved model: `path`, or of a run directory the best one. Raises `UserError` where a run has none yet."""
+    directory = RunDirectory(path)
+    if not directory.settings.is_file():
+        return path
+    if not directory.best.is_dir():
+        raise UserError(f"{path}: the run has saved no model yet")
+    return path / directory.best.readlink() if directory.best.is_symlink() else directory.best
+
+
 @dataclass(frozen=True)
 class RunLength:
     """How long a run is, as args.json says it since its last start."""

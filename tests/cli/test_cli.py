@@ -279,3 +279,13 @@ def test_collect_skips_what_is_no_run_and_says_so(tmp_path):
     done = dskd("collect", *found, "--to", "all", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stderr == "skipped, no run (no run.yaml in it): outputs/cache/a/b\n"
+
+
+def test_settings_are_searched_by_a_word():
+    lines = output_of("settings", "--search", "LoRA").splitlines()[1:]
+    assert 2 <= len(lines) < 15
+    assert any(line.startswith("student.lora.rank ") for line in lines)
+    assert any(line.startswith("teacher.adapter ") for line in lines)
+    assert mistake_of("settings", "--search", "qqq") == (
+        "dskd: --search: no key has 'qqq' in its name, type, default or help"
+    )

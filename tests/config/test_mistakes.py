@@ -44,6 +44,12 @@ WRONG = [
     ("student.lora.rnk=1", "student.lora.rnk: unknown key; allowed: alpha, dropout, rank, targets; nearest: rank$"),
     ("method.divergenc=js", "method.divergenc: unknown key; .*; nearest: divergence$"),
     ("extends=a.yaml", "extends: unknown key; "),
+    # keys of another section
+    ("lr=3", r"lr: unknown key; allowed: .*; did you mean train.lr\?$"),
+    ("kd_rate=1", r"kd_rate: unknown key; .*; did you mean method.kd_rate\?$"),
+    ("max_length=9", r"max_length: unknown key; .* data.max_length or eval.generation.max_length\?$"),
+    ("train.zero_stage=1", r"train.zero_stage: unknown key; .*; did you mean engine.zero_stage\?$"),
+    ("student.rank=1", r"student.rank: unknown key; .*; did you mean student.lora.rank\?$"),
     # types
     ("train.epochs=many", "train.epochs: a whole number is expected, got 'many'$"),
     ("train.epochs=true", "train.epochs: a whole number is expected, got True$"),

@@ -1,6 +1,7 @@
 """Checks of a whole run: the paths it names, its folder, and how its global batch divides."""
 
 import errno
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,45 @@ def test_pickled_weights_do_not_count(run, tmp_path):
     (tmp_path / "teacher" / "model.safetensors").rename(tmp_path / "teacher" / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pickled \.bin files are not read"):
         check_paths(run)
+
+
+def test_an_adapter_as_a_model_is_told_where_it_belongs(run, tmp_path):
+    with pytest.raises(UserError) as raised:
+        check_paths(replace(run, teacher=replace(run.teacher, path=tmp_path / "adapter")))
+    told = "is a LoRA adapter; teacher.path takes the whole model that it is for and teacher.adapter this one"
+    assert str(raised.value) == f"teacher.path: {tmp_path / 'adapter'} {told}"
+    with pytest.raises(UserError, match=r"is a LoRA adapter; student.path takes the whole model that it is for$"):
+        check_paths(replace(run, student=replace(run.student, path=tmp_path / "adapter")))
+
+
+@pytest.mark.parametrize(
+    ("config", "fits"),
+    [
+        ({"max_position_embeddings": 511}, False),
+        ({"n_positions": 100}, False),
+        ({"text_config": {"max_position_embeddings": 100}}, False),
+        ({"max_position_embeddings": 512}, True),
+        ({"max_position_embeddings": -1}, True),
+        ({"max_position_embeddings": "x", "text_config": 3}, True),
+        ({}, True),
+    ],
+)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_records_that_are_longer_than_a_model_reaches_are_refused(run, tmp_path, role, config, fits):
+    (tmp_path / role / "config.json").write_text(json.dumps(config))
+    if fits:
+        check_paths(run)
+    else:
+        with pytest.raises(UserError, match=r"^data.max_length: 512 is more than the \d+ positions of "):
+            check_paths(run)
+
+
+def test_answers_that_are_longer_than_the_student_reaches_are_refused_where_it_answers(run, tmp_path):
+    (tmp_path / "student" / "config.json").write_text('{"n_positions": 512}')
+    longer = replace(run.eval, generation=replace(run.eval.generation, max_length=513))
+    check_paths(replace(run, eval=longer))
+    with pytest.raises(UserError, match=r"^eval.generation.max_length: 513 is more than the 512 positions of "):
+        check_paths(replace(run, eval=replace(longer, generate=True)))
 
 
 def test_a_teacher_that_the_method_does_not_need_is_not_looked_at(run, tmp_path):

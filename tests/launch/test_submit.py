@@ -117,4 +117,4 @@ def test_without_slurm_it_says_so(run):
 
 
 def test_the_status_of_something_else_is_a_mistake(tmp_path):
-    assert mistake("status", tmp_path) == f"dskd: {tmp_path}: not a submitted run (no job/job.json in it)"
+    assert mistake("status", tmp_path).startswith(f"dskd: {tmp_path}: no run.yaml: a run directory is ")

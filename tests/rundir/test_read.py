@@ -12,7 +12,7 @@ from dskd.launch.status import statuses
 from dskd.launch.verbs import format_status
 from dskd.rundir.jobs import Job, Jobs
 from dskd.rundir.layout import RunDirectory
-from dskd.rundir.read import read_run, read_steps
+from dskd.rundir.read import model_of, read_run, read_steps
 
 
 @pytest.fixture
@@ -59,6 +59,22 @@ def test_a_damaged_file_of_one_run_is_told_in_its_status_alone(file, content, tm
     assert other.state == "finished"
     assert one.state == "damaged" or (one.state == "finished" and file != "job/job.json")
     assert len(format_status(one).splitlines()) <= 4
+
+
+def test_a_run_directory_stands_for_its_best_model(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    model = directory.path / "epoch1_step5_loss2.5000"
+    model.mkdir(parents=True)
+    assert model_of(model) == model
+    assert model_of(directory.path) == directory.path  # no run.yaml: a model's folder, or what else it may be
+    directory.settings.touch()
+    with pytest.raises(UserError, match=f"^{directory.path}: the run has saved no model yet$"):
+        model_of(directory.path)
+    directory.best.symlink_to(model.name)
+    assert model_of(directory.path) == model
+    directory.best.unlink()
+    directory.best.mkdir()  # a copy that followed the link
+    assert model_of(directory.path) == directory.best
 
 
 def test_lines_that_are_no_figures_of_steps_are_passed_over(tmp_path):
