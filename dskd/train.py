@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +16,8 @@ from dskd.config.hub import model_name
 from dskd.config.run import RunConfig
 from dskd.config.training import TrainConfig
 from dskd.data.batch import Batch
-from dskd.data.loader import Steps, evaluation_batches, load_steps
+from dskd.data.loader import Collator, Steps, evaluation_batches, load_steps
+from dskd.data.tokenization import count_cut
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import LOG, Monitor
 from dskd.engine.preemption import Stopped, ignore_signals
@@ -27,6 +28,9 @@ from dskd.models.views import response_tokens
 from dskd.rundir.layout import ModelName, RunDirectory
 from dskd.rundir.train_state import SavedModel, Scores, TrainState, best_of
 from dskd.teachers.teacher import Teacher
+
+LOOKED_AT = 500
+"""Training records that tell how many are cut."""
 
 
 def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
@@ -256,6 +260,20 @@ def evaluate_dev(training: Training) -> Scores:
     return Scores(means["ce"], means["accuracy"], rougel, exact_match)
 
 
+def told_of_cuts(data: Collator) -> Iterator[str]:
+    """How many records the limits cut, by a look at some from all over the file: training begins at once."""
+    records, limits = data.records, data.limits
+    looked_at = [records[i] for i in range(0, len(records), max(1, len(records) // LOOKED_AT))]
+    for side, tokenizer in (("student", data.student), ("teacher", data.teacher)):
+        prompts, responses = (0, 0) if tokenizer is None else count_cut(tokenizer, looked_at, limits)
+        if prompts or responses:
+            yield (
+                f"{side}: of {len(looked_at)} records looked at, {prompts} lose the beginning of their prompt "
+                f"(data.max_prompt_length {limits.max_prompt_length}) and {responses} the end of their response "
+                f"(data.max_length {limits.max_length})"
+            )
+
+
 def announce(training: Training, state: TrainState, notes: Sequence[str]) -> None:
     run, student, total = training.run, training.distiller.student, training.length.total_steps
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters() if p.requires_grad)
@@ -265,7 +283,7 @@ def announce(training: Training, state: TrainState, notes: Sequence[str]) -> Non
         f"{training.ranks.world_size} rank(s) on {training.ranks.device.type}, ZeRO-{run.engine.zero_stage}, "
         f"{run.engine.precision}"
     )
-    for note in notes:
+    for note in (*notes, *(told_of_cuts(training.train) if training.ranks.is_main else ())):
         LOG.warning(note)
     if state.step:
         LOG.info(f"going on after step {state.step}")

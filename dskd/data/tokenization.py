@@ -1,5 +1,6 @@
 """Records -> token ids, with one tokenizer."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,17 @@ def tokenize_response(tokenizer: Tokenizer, text: str) -> list[int]:
     """
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return ids
+
+
+def count_cut(tokenizer: Tokenizer, records: Iterable[Record], limits: Limits) -> tuple[int, int]:
+    """How many records lose the beginning of their prompt, and how many the end of their response, EOS included."""
+    prompts = responses = 0
+    for record in records:
+        prompt = len(tokenizer.encode(record.prompt, add_special_tokens=False)) + limits.bos
+        response = len(tokenize_response(tokenizer, record.outputs[0])) + 1
+        prompts += prompt > limits.max_prompt_length
+        responses += min(prompt, limits.max_prompt_length) + response > limits.max_length
+    return prompts, responses
 
 
 def check_tokenizer(tokenizer: Tokenizer, limits: Limits, key: str) -> None:

@@ -10,6 +10,7 @@ from dskd.data.records import Record
 from dskd.data.tokenization import (
     Limits,
     check_tokenizer,
+    count_cut,
     tokenize,
     tokenize_prompt,
     tokenize_response,
@@ -100,3 +101,17 @@ def test_a_tokenizer_needs_bos_only_where_it_is_asked_for(tiny):
         UserError, match=r"^data\.bos: the tokenizer of teacher\.path has no BOS token; allowed: false$"
     ):
         check_tokenizer(tiny.tokenizer("bytes"), asked, "teacher.path")
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("limits", [(24, 8), (40, 30), (500, 200), (12, 11)])
+def test_what_is_counted_as_cut_is_what_is_cut(tokenizer, limits, bos):
+    """Against the samples themselves: a prompt that is shorter than it would be, a response without its EOS."""
+    if bos and tokenizer.bos_token_id is None:
+        pytest.skip("has no BOS")
+    records = [Record(PROMPT * (i % 3), (ANSWER[: 7 * i + 1],)) for i in range(8)]
+    narrow, wide = Limits(*limits, bos), Limits(10_000, 5_000, bos)
+    samples = [(tokenize(tokenizer, record, narrow), tokenize(tokenizer, record, wide)) for record in records]
+    prompts = sum(len(cut.prompt) < len(whole.prompt) for cut, whole in samples)
+    responses = sum(len(cut.response) < len(whole.response) for cut, whole in samples)
+    assert count_cut(tokenizer, records, narrow) == (prompts, responses)

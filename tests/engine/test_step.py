@@ -222,3 +222,12 @@ def test_a_refused_run_leaves_nothing(make_run, tiny, tmp_path, ranks):
     with pytest.raises(UserError, match=r"^method\.kind: kd needs one vocabulary"):
         train(load_run(run_file), ranks)
     assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_how_many_records_are_cut_is_told_at_the_start(make_run, tmp_path, ranks):
+    cut = {"max_length": 20, "max_prompt_length": 16}
+    run = load_run(make_run(tmp_path, train={"max_steps": 1}, data=cut))
+    train(run, ranks)
+    told = [line for line in RunDirectory.of(run).log.read_text().splitlines() if "records looked at" in line]
+    assert [line.split()[2] for line in told] == ["student:", "teacher:"]
+    assert "of 40 records looked at, 5 lose the beginning of their prompt (data.max_prompt_length 16)" in told[0]
