@@ -140,7 +140,9 @@ def collect(
 def evaluate(
     checkpoint: Annotated[
         Path,
-        typer.Argument(help="A saved model: a folder that `dskd train` wrote, or any other; of a run its best one."),
+        typer.Argument(
+            metavar="MODEL", help="A folder that `dskd train` wrote, or any other model; of a run its best one."
+        ),
     ],
     data: Annotated[Path, typer.Option(help="Records to answer, jsonl.")],
     seeds: Annotated[str, typer.Option(help="Sampling seeds, such as --seeds 10 20 30.")] = "10 20 30 40 50",
@@ -286,9 +288,11 @@ def align(
 ) -> None:
     """Map each teacher token to its nearest student token, for method mined, and tell how many match."""
     from dskd.config.hub import find_model
-    from dskd.config.run import check_folder
+    from dskd.config.run import check_folder, require_folder
 
     teacher, student = find_model(teacher), find_model(student)
+    require_folder("TEACHER", teacher)
+    require_folder("STUDENT", student)
     check_folder("--cache-dir", cache_dir)
     from dskd.data.vocabulary_map import load_or_build
     from dskd.engine.metrics import progress_bar

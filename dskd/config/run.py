@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from dskd.config.data import DataConfig
 from dskd.config.engine import EngineConfig
@@ -153,6 +154,9 @@ def check_paths(run: RunConfig, coming: Collection[Path] = ()) -> None:
                 found = adapter.is_file()
             require(found, "teacher.adapter", f"no LoRA adapter (adapter_config.json) in {adapter.parent}")
             check_object("teacher.adapter", adapter)
+    projectors = models_by_key(run).get("method.projectors_from")
+    if projectors is not None:
+        require_folder("method.projectors_from", projectors)
 
 
 def check_folders(run: RunConfig) -> None:
@@ -168,6 +172,11 @@ def check_folder(key: str, folder: Path) -> None:
         nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         require(nearest.is_dir(), key, f"cannot write {folder}: {nearest} is no folder")
     require(os.access(nearest, os.W_OK | os.X_OK), key, f"cannot write {folder}: {nearest} is not writable")
+    try:
+        with TemporaryFile(dir=nearest):  # what the rights allow the disk may still refuse
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: cannot write {folder}: {nearest}: {error.strerror}") from None
 
 
 @contextmanager
@@ -181,8 +190,8 @@ def looked_at(key: str) -> Iterator[None]:
 
 def check_model_folder(key: str, folder: Path) -> None:
     """Raise `UserError` unless `folder` holds a configuration and safetensors weights."""
+    require_folder(key, folder)
     with looked_at(key):
-        require(folder.is_dir(), key, f"no such folder: {folder} ({expected_instead(folder)})")
         config, adapter = (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
     whole = " and teacher.adapter this one" if key == "teacher.path" else ""
     require(
@@ -196,11 +205,13 @@ def check_model_folder(key: str, folder: Path) -> None:
         check_object(key, folder / name)
 
 
-def expected_instead(folder: Path) -> str:
-    name = hub_name(folder)
-    if name is None:
-        return "a downloaded Hugging Face model is expected"
-    return f"nor is {name} in {cache_folder()}; to download it: hf download {name}"
+def require_folder(key: str, folder: Path) -> None:
+    """Raise `UserError` where a model's folder is not there."""
+    name, hint = hub_name(folder), "a downloaded Hugging Face model is expected"
+    if name is not None:
+        hint = f"nor is {name} in {cache_folder()}; to download it: hf download {name}"
+    with looked_at(key):
+        require(folder.is_dir(), key, f"no such folder: {folder} ({hint})")
 
 
 def check_length(key: str, length: int, folder: Path) -> None:
