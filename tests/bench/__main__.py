@@ -1,7 +1,8 @@
-"""`make bench`: loss heads, a whole training step and alignments, against their dense or plain forms, on one thread.
+"""`make bench`: loss heads, a whole training step and alignments, against their dense or plain forms, on one thread;
+what saving costs, and what a teacher's cache gains.
 
 Prints a table and writes bench.json. `python -m bench [--quick] [RECORDS STUDENT_TOKENIZER TEACHER_TOKENIZER]`: with
-files, the training step runs on these records; --quick leaves out the dense forms, which take most of the time.
+files, the steps run on these records; --quick leaves out the dense forms, which take most of the time.
 """
 
 import json
@@ -83,7 +84,12 @@ def tables(results: dict) -> list[Table]:
     share = f"{100 * case['share_at_50_steps']:.2f} %"
     size = f"{case['state_bytes'] / 2**20:.0f}"
     saving.add_row("dskd_cma", f"{case['save_seconds']:.2f}", size, f"{case['step_seconds']:.2f}", share)
-    return [heads, step, aligned, saving]
+    cache = Table("teacher's cache", "resident s", "making s", "cached s", "speed-up", "waiting for data")
+    case = results["teacher_cache"]
+    seconds = [f"{case[f'{name}_seconds']:.1f}" for name in ("resident", "making", "cached")]
+    ratio, waiting = f"{case['resident_over_cache']:.2f}", f"{100 * case['waiting_share']:.2f} %"
+    cache.add_row(f"dskd_cma, {case['epochs']} epochs", *seconds, ratio, waiting)
+    return [heads, step, aligned, saving, cache]
 
 
 def show(text: str | Table) -> None:
@@ -99,6 +105,7 @@ def main(arguments: list[str]) -> None:
         "training_step": training_step(files, quick),
         "alignments": alignments(),
         "saving": in_own_process("saving"),
+        "teacher_cache": in_own_process("teacher_cache", *files[:1]),
     }
     Path("bench.json").write_text(json.dumps(results, indent=2) + "\n")
     for table in tables(results):

@@ -28,6 +28,7 @@ WORDS = {
     "evaluate": ("--data", "--seeds", "--greedy", "--processes", "ROUGE-L"),
     "align": ("TEACHER", "STUDENT", "--cache-dir", "nearest"),
     "settings": ("prefix", "default"),
+    "teacher": ("cache",),
     "recipes": ("jobs",),
     "quickstart": ("--processes", "teacher"),
 }
@@ -122,6 +123,9 @@ def test_what_does_not_fit_this_machine_is_told_before_torch_is_loaded(make_run,
         "dskd: train.global_batch_size: 8 does not divide into 3 rank(s) x train.micro_batch_size 2; "
     )
     assert mistake_of("train", run, "teacher.path=/none").startswith("dskd: teacher.path: no such folder: /none")
+    assert mistake_of("teacher", "cache", run, "--shard", "4/4").startswith(
+        "dskd: --shard: I/N is expected, such as 0/4"
+    )
 
 
 @pytest.fixture(scope="module")

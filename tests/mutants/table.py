@@ -266,6 +266,27 @@ MUTANTS = (
         "tests/rundir/test_lock.py",
     ),
     Mutant(
+        "hidden states that nobody checks",
+        "dskd/teachers/cache/pieces.py",
+        "if checksum(stored) != self.checksums[record]:",
+        "if False:",
+        "tests/teachers/test_cache.py",
+    ),
+    Mutant(
+        "records found by their response alone",
+        "dskd/teachers/cache/pieces.py",
+        "[[len(sample.prompt)], sample.prompt, sample.response]",
+        "[[0], sample.response]",
+        "tests/teachers/test_cache.py",
+    ),
+    Mutant(
+        "a shard that two tasks write",
+        "dskd/teachers/cache/write.py",
+        "stack.enter_context(folder.held(shard, print)) if ranks.is_main else None",
+        "None",
+        "tests/teachers/test_cache.py",
+    ),
+    Mutant(
         "a watchdog that never barks",
         "dskd/engine/watchdog.py",
         "if silent > 60 * minutes[phase]:",

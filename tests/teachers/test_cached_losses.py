@@ -15,10 +15,10 @@ from dskd.train import train, train_step
 TAUGHT = [kind for kind in METHODS if kind != "sft"]
 
 
-def figures(run, ranks, workers=0):
-    """What the first three steps of a run tell."""
+def figures(run, ranks, workers=0, steps=3):
+    """What the first steps of a run tell."""
     training = assemble(run, ranks)
-    batches = load_steps(Steps(training.plan, training.train, 0, 1), 0, 3, workers, pin_memory=False)
+    batches = load_steps(Steps(training.plan, training.train, 0, 1), 0, steps, workers, pin_memory=False)
     found = [train_step(training, step, micro_batches) for step, micro_batches in enumerate(batches, start=1)]
     return [{name: value for name, value in step.items() if name not in MEASURED} for step in found]
 
@@ -56,6 +56,19 @@ def test_the_losses_are_the_resident_teacher_s(kind, make_run, tmp_path, ranks, 
     for step, (own, whole) in enumerate(zip(found, expected, strict=True)):
         assert own["loss"] == pytest.approx(whole["loss"], rel=1e-5), step
         assert own["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3), step
+
+
+def test_in_bf16_fifty_steps_follow_the_same_curve(make_run, tmp_path, ranks):
+    sizes = {"epochs": 10, "micro_batch_size": 8}
+    run_file = make_run(tmp_path, method={"kind": "kd"}, engine={"precision": "bf16"}, train=sizes)
+    write.write_cache(load_run(run_file), Shard(), ranks)
+    expected, found = (
+        [step["loss"] for step in figures(load_run(run_file, [f"teacher.backend={backend}"]), ranks, steps=50)]
+        for backend in ("resident", "cache")
+    )
+    differences = [abs(own - whole) / whole for own, whole in zip(found, expected, strict=True)]
+    assert max(differences) < 1e-2
+    assert expected[-1] < 0.9 * expected[0]
 
 
 @pytest.mark.parametrize("teacher", ["gemma2", "gpt2"])

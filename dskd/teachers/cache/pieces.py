@@ -119,19 +119,25 @@ def read_index(file: Path) -> Piece:
     if about.get("index") != str(index_checksum(index)):
         raise ValueError("its index has another checksum")
     keys, offsets, checksums = index["keys"].numpy(), index["offsets"].numpy(), index["checksums"].numpy()
-    ends = offsets[0] == 0 and offsets[-1] == tokens and (np.diff(offsets) >= 0).all()
-    if not ends or keys.shape != (len(checksums), 32) or len(offsets) != len(checksums) + 1:
+    scales, made_with = index.get("scales"), json.loads(about["made_with"])
+    if (
+        not (offsets[0] == 0 and offsets[-1] == tokens and (np.diff(offsets) >= 0).all())
+        or len(offsets) != len(checksums) + 1
+        or keys.shape != (len(checksums), 32)
+        or not (scales is None or scales.shape == (tokens,))
+        or not isinstance(made_with, dict)
+    ):
         raise ValueError("its index does not fit its states")
     return Piece(
         file,
         tuple(row.tobytes() for row in keys),
         offsets,
         checksums,
-        index.get("scales"),
+        scales,
         first_byte(file),
         width,
         DTYPES[kind],
-        json.loads(about["made_with"]),
+        made_with,
     )
 
 

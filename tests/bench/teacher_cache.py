@@ -1,0 +1,112 @@
+"""Five epochs from a teacher's cache, its making included, against a resident teacher: `python -m bench.teacher_cache`.
+
+The models of the quick start, dskd_cma, fp32: SmolLM2-135M as the teacher, and a student of 5.7 M parameters. The first
+records of a file that is named, else made ones in the lengths of Dolly. CPU seconds of one thread, data included; the
+share of a step that waits for data is measured with one worker process, as in a run.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+from support.tiny import write_records
+
+from bench.measure import one_thread
+from bench.training_step import DOLLY
+from dskd.assemble import Training, assemble
+from dskd.config.load import load_run, override
+from dskd.config.run import RunConfig
+from dskd.data.loader import Steps, load_steps
+from dskd.engine import distributed
+from dskd.engine.distributed import Ranks
+from dskd.launch.ranks import free_port, rank_environment
+from dskd.quickstart import write_student, write_teacher
+from dskd.teachers.cache.shard import Shard
+from dskd.teachers.cache.write import write_cache
+from dskd.train import train_step
+
+EPOCHS, RECORDS, BATCH = 5, 16, 8
+
+
+def made_records(count: int) -> list[dict[str, object]]:
+    """About a token a word."""
+    words = " the river runs by a small town where they sell old books"
+    texts = [(words * 30).split(" ")[1:] for _ in range(count)]
+    lengths = [DOLLY[index % len(DOLLY)] for index in range(count)]
+    return [
+        {"prompt": f"{i} {' '.join(text[:prompt])}", "output": " ".join(text[:response])}
+        for i, (text, (prompt, response)) in enumerate(zip(texts, lengths, strict=True))
+    ]
+
+
+def make_run(root: Path, file: str | None) -> RunConfig:
+    for name, write in (("teacher", write_teacher), ("student", write_student)):
+        (root / name).mkdir()
+        write(root / name)
+    data = root / "records.jsonl"
+    if file is None:
+        write_records(data, made_records(RECORDS))
+    else:
+        with Path(file).open() as lines:
+            data.write_text("".join(islice(lines, RECORDS)))
+    (root / "run.yaml").write_text(
+        f"""
+student: {{path: {root}/student}}
+teacher: {{path: {root}/teacher}}
+data: {{train: {data}, dev: {data}}}
+method: {{kind: dskd_cma}}
+train: {{epochs: {EPOCHS}, global_batch_size: {BATCH}, micro_batch_size: 4}}
+engine: {{precision: fp32}}
+output: {{root: {root}/outputs}}
+"""
+    )
+    return load_run(root / "run.yaml")
+
+
+def timed(training: Training, workers: int, steps: int) -> tuple[float, float]:
+    """CPU seconds of some steps in this process, and the share of their time that waits for data."""
+    batches = load_steps(Steps(training.plan, training.train, 0, 1), 0, steps, workers, pin_memory=False)
+    waits, begun, used = [], time.monotonic(), time.process_time()
+    for step in range(1, steps + 1):
+        asked = time.monotonic()
+        micro_batches = next(batches)
+        waits.append(time.monotonic() - asked)
+        train_step(training, step, micro_batches)
+    # The first wait is for the worker's start, once in a run.
+    return time.process_time() - used, sum(waits[1:]) / (time.monotonic() - begun - waits[0])
+
+
+def measure(run: RunConfig, ranks: Ranks) -> dict[str, float]:
+    steps = EPOCHS * (RECORDS // BATCH)
+    resident, _ = timed(assemble(run, ranks), 0, steps)
+    used = time.process_time()
+    write_cache(run, Shard(), ranks)
+    making = time.process_time() - used
+    training = assemble(override(run, ["teacher.backend=cache"]), ranks)
+    cached, _ = timed(training, 0, steps)
+    _, waiting = timed(training, 1, steps)
+    return {
+        "epochs": EPOCHS,
+        "resident_seconds": resident,
+        "making_seconds": making,
+        "cached_seconds": cached,
+        "resident_over_cache": resident / (making + cached),
+        "waiting_share": waiting,
+    }
+
+
+def main(files: list[str]) -> None:
+    one_thread()
+    os.environ |= rank_environment(0, 1, free_port())
+    with tempfile.TemporaryDirectory() as root:
+        found = measure(make_run(Path(root), files[0] if files else None), distributed.start())
+    distributed.stop()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
