@@ -74,7 +74,8 @@ def watch_signals() -> Flags:
         if first and flags.phase == "start":
             raise Stopped
         if first and os.environ.get("RANK", "0") == "0":
-            os.write(2, b"dskd: stopping after this step, and saving what is done\n")  # print may be what it interrupted
+            # Not by print, which may be what the signal has interrupted.
+            os.write(2, b"dskd: stopping after this step, and saving what is done\n")
 
     for number in STOP_SIGNALS:
         signal.signal(number, request)

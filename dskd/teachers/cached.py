@@ -46,9 +46,9 @@ def load_cached(run: RunConfig, settings: TeacherConfig, tokenizer: Any, ranks: 
             f"teacher.backend: there is no cache of this teacher in {run.cache_folder}"
             f"{near and f' ({near})'}; run: dskd teacher cache RUN.yaml"
         )
-    ends = read_ends(folder.ends, ranks.device)
+    dtype = DTYPES[run.engine.precision]
+    ends, pieces = read_ends(folder.ends, dtype, ranks.device), open_pieces(folder)
     check_rows(len(ends.embeddings), tokenizer, "teacher.path")
-    dtype, pieces = DTYPES[run.engine.precision], open_pieces(folder)
     for piece in pieces:
         check_piece(piece, ends.hidden_size, stored_dtype(settings.cache_precision, dtype))
     return CachedTeacher(ends, StoredStates(folder, pieces, dtype))

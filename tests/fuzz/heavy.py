@@ -22,6 +22,12 @@ from dskd.checkpoint.shards import NOTES, WEIGHT, PieceReader
 from dskd.config.errors import UserError
 from dskd.data.vocabulary_map import VocabularyMap, load, save
 from dskd.models.load import load_causal_lm, load_checkpoint, load_projectors, load_tokenizer, merge_adapter
+from dskd.models.views import ModelView
+from dskd.teachers.cache.ends import read_ends, write_ends
+from dskd.teachers.cache.folder import CacheFolder
+from dskd.teachers.cache.pieces import damage, open_piece, write_piece
+from dskd.teachers.cache.precision import encode
+from dskd.teachers.cache.shard import Shard
 from fuzz.mutations import Mutate, of_bytes, of_json, of_safetensors
 from fuzz.run import Target
 
@@ -38,6 +44,7 @@ def heavy_targets(folder: Path) -> list[Target]:
     projectors, state, maps = (folder / name for name in ("projectors.safetensors", "rank0.safetensors", "map.npz"))
     save_file(dict(method.state_dict()), projectors)
     save_file({f"{WEIGHT}:a": torch.ones(6)}, state, {NOTES: json.dumps({"pieces": {"a": [0, 6, 3]}})})
+    cache, piece = made_cache(gpt2, folder / "cache")
     save(maps, VocabularyMap(np.array([0, 1, -1], np.int32), np.array([0, 2, -1], np.int16), *HASHES))
 
     def into(file: Path, read: Callable[[], object]) -> Callable[[bytes], object]:
@@ -79,6 +86,8 @@ def heavy_targets(folder: Path) -> list[Target]:
         target("adapter weights", adapter / "adapter_model.safetensors", of_safetensors, merged),
         target("projectors", projectors, of_safetensors, lambda: load_projectors(method, projectors.parent)),
         target("state file", state, of_safetensors, lambda: read_pieces(state)),
+        target("teacher cache: states", piece, of_safetensors, lambda: damage(open_piece(piece))),
+        target("teacher cache: ends", cache.ends, of_safetensors, lambda: read_ends(cache.ends, torch.float32)),
         target("vocabulary map", maps, of_arrays, lambda: load(maps, HASHES), ValueError),
     ]
 
@@ -118,6 +127,15 @@ def of_arrays(random: Random, data: bytes) -> bytes:
     out = io.BytesIO()
     np.savez(out, **arrays)
     return out.getvalue()
+
+
+def made_cache(base: Path, path: Path) -> tuple[CacheFolder, Path]:
+    """A teacher's cache of two records, and its piece."""
+    path.mkdir()
+    folder = CacheFolder(path)
+    write_ends(folder.ends, ModelView(load_causal_lm(base, "teacher.path", "fp32", False), "teacher.path").ends)
+    records = [encode(torch.ones(count, 32), "int8") for count in (3, 2)]
+    return folder, write_piece(folder, Shard(), [b"a" * 32, b"b" * 32], records, {"data.bos": False})
 
 
 def made_adapter(base: Path, folder: Path) -> Path:

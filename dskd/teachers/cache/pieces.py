@@ -27,6 +27,7 @@ from dskd.teachers.cache.folder import FORMAT, CacheFolder
 from dskd.teachers.cache.precision import Stored
 from dskd.teachers.cache.shard import Shard
 
+INDEX = {"keys": torch.uint8, "offsets": torch.int64, "checksums": torch.int64, "scales": torch.float32}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 
 
@@ -121,7 +122,8 @@ def read_index(file: Path) -> Piece:
     keys, offsets, checksums = index["keys"].numpy(), index["offsets"].numpy(), index["checksums"].numpy()
     scales, made_with = index.get("scales"), json.loads(about["made_with"])
     if (
-        not (offsets[0] == 0 and offsets[-1] == tokens and (np.diff(offsets) >= 0).all())
+        any(tensor.dtype != INDEX[name] for name, tensor in index.items())
+        or not (offsets[0] == 0 and offsets[-1] == tokens and (np.diff(offsets) >= 0).all())
         or len(offsets) != len(checksums) + 1
         or keys.shape != (len(checksums), 32)
         or not (scales is None or scales.shape == (tokens,))

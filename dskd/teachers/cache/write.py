@@ -15,7 +15,7 @@ from dskd.data.records import Records, read_records
 from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import progress_bar
-from dskd.models.load import load_tokenizers
+from dskd.models.load import DTYPES, load_tokenizers
 from dskd.models.views import ModelEnds
 from dskd.rundir.files import as_user_error, write_json
 from dskd.rundir.layout import set_aside
@@ -136,7 +136,7 @@ def mend(folder: CacheFolder, shard: Shard, about: About) -> None:
                 put_aside(piece.file, problem)
         if folder.ends.is_file():
             try:
-                read_ends(folder.ends)
+                read_ends(folder.ends, DTYPES[about["precision"]])
             except DamagedPiece as error:
                 put_aside(folder.ends, str(error))
 
@@ -190,7 +190,7 @@ def keep_ends(folder: CacheFolder, ends: ModelEnds, ranks: Ranks) -> None:
     def write() -> None:
         if ranks.is_main:
             with as_user_error(folder.path, "data.cache_dir"):
-                write_ends(folder.ends, tensors, ends)
+                write_ends(folder.ends, tensors)
 
     ranks.together(write)
 
