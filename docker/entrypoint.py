@@ -64,7 +64,7 @@ def main(arguments: list[str], environment: Mapping[str, str] = os.environ) -> N
 
 def job_of(arguments: Sequence[str]) -> Job | None:
     """None for a command that trains or evaluates nothing, or whose mistake dskd itself will tell."""
-    if not arguments or arguments[0] not in ("train", "resume", "evaluate"):
+    if not arguments or arguments[0] not in ("train", "resume", "evaluate", "teacher"):
         return None
     from dskd.config.errors import UserError  # here: help is to answer at once
     from dskd.config.load import load_run, override
@@ -74,6 +74,8 @@ def job_of(arguments: Sequence[str]) -> Job | None:
         match [word for word in arguments if word != "--force"]:
             case ["train", file, *overrides]:
                 return job_of_run(load_run(Path(file), overrides))
+            case ["teacher", "cache", file, *others]:
+                return job_of(["train", file, *(word for word in others if "=" in word and not word.startswith("-"))])
             case ["resume", directory, *overrides]:
                 return job_of_run(override(read_run(Path(directory)), overrides))
             case ["evaluate", folder, *options]:

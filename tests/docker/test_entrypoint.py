@@ -15,6 +15,7 @@ def test_what_a_training_asks_for(make_run, tmp_path):
     file = make_run(tmp_path, launch={"processes": 3}, data={"workers": 2})
     output = tmp_path / "outputs" / "llama-pieces-untied" / "dskd_cma" / "x"
     assert entrypoint.job_of(["train", str(file), "output.name=x", "--force"]) == Job(3, 2, output)
+    assert entrypoint.job_of(["teacher", "cache", str(file), "--shard", "0/4", "output.name=x"]) == Job(3, 2, output)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def test_a_training_gets_what_its_run_file_names(make_run, tiny, tmp_path):
     assert mounts(command) == {*((path, "readonly") for path in read), (tmp_path / "outputs", "")}
     command = composed("train", file, f"checkpoint.scratch_dir={tmp_path}/scratch")
     assert (tmp_path / "scratch", "") in mounts(command)
+    assert mounts(composed("teacher", "cache", file, "--shard", "0/2")) == mounts(composed("train", file))
     assert not (tmp_path / "outputs").exists()  # a dry run makes nothing
 
 
