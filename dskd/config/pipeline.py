@@ -1,4 +1,4 @@
-"""A pipeline: stages that train or evaluate, and that use each other's models by name."""
+"""A pipeline: stages that train, evaluate or run a teacher, and that use each other's models by name."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -10,7 +10,13 @@ from dskd.config.names import unknown
 from dskd.config.training import GenerationConfig
 
 TRAINING = ("settings", "teacher", "student")
-EVALUATION = ("data", "seeds", "generation", "bos", "precision", "processes", "hours", "parallel")
+EVALUATION = ("data", "seeds", "generation", "bos", "precision", "processes", "hours")
+UNUSED = {
+    "run": (*EVALUATION, "parallel", "shards"),
+    "cache": EVALUATION,
+    "evaluate": (*TRAINING, "shards"),
+}
+"""Kinds of stages, and the keys that mean nothing to each."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,11 @@ class StageConfig:
     """Stage whose best model is the teacher."""
     student: str | None = None
     """Stage whose best model the student starts from."""
+    cache: str | None = None
+    """Run file whose teacher is run once, for teacher.backend=cache, instead of run. It always runs, and makes what is
+    missing."""
+    shards: int = 1
+    """So many jobs divide the records of a cache."""
     evaluate: str | None = None
     """Stage whose best model is evaluated, instead of run."""
     data: tuple[str, ...] = ()
@@ -42,12 +53,13 @@ class StageConfig:
     hours: float | None = None
     """Time limit of an evaluation; empty takes the cluster profile's."""
     parallel: int | None = None
-    """So many evaluations at a time at most; empty: no limit."""
+    """So many evaluations or shards at a time at most; empty: no limit."""
     after: tuple[str, ...] = ()
     """Further stages that must be finished before."""
 
     def __post_init__(self) -> None:
-        require((self.run is None) != (self.evaluate is None), "run", "either run or evaluate is expected")
+        kinds = [kind for kind in UNUSED if getattr(self, kind) is not None]
+        require(len(kinds) == 1, "run", "either run, cache or evaluate is expected")
         require(self.evaluate is None or bool(self.data), "data", "is missing; an evaluation needs files of records")
         require(
             not self.options,
@@ -55,14 +67,13 @@ class StageConfig:
             "are settings now: generation (greedy, temperature, top_p, max_length, max_prompt_length, batch_size), "
             "bos, precision and processes",
         )
-        beside, unused = ("evaluate", TRAINING) if self.evaluate else ("run", EVALUATION)
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in unused:
-            require(getattr(self, name) == defaults[name], name, f"has no effect beside {beside}")
-        for name in ("processes", "hours", "parallel"):
+        (kind,), defaults = kinds, {field.name: field.default for field in fields(self)}
+        for name in UNUSED[kind]:
+            require(getattr(self, name) == defaults[name], name, f"has no effect beside {kind}")
+        for name in ("processes", "hours", "parallel", "shards"):
             value = getattr(self, name)
             require(value is None or value > 0, name, f"must be above 0, got {value}")
-        require_at_most(self, 1024, "processes")
+        require_at_most(self, 1024, "processes", "shards")
         require_at_most(self, MOST_HOURS, "hours")
         different = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
         valid = different and all(0 <= seed <= LAST_SEED for seed in self.seeds)

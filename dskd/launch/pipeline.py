@@ -18,7 +18,7 @@ from dskd.config.run import RunConfig
 from dskd.config.stopping import UNFINISHED
 from dskd.launch import slurm
 from dskd.launch.mounts import base_of
-from dskd.launch.request import Request, evaluate_request, train_request
+from dskd.launch.request import Request, cache_request, evaluate_request, train_request
 from dskd.launch.submit import submission_text, submit
 from dskd.rundir.jobs import Jobs
 from dskd.rundir.layout import RunDirectory
@@ -62,19 +62,23 @@ def read_pipeline(file: Path, cluster: ClusterConfig) -> list[Stage]:
     found: dict[str, Stage] = {}
     for name in pipeline.ordered():
         config = pipeline.stages[name]
-        if config.run is None:
-            requests = tuple(evaluations(config, found[config.evaluate or ""], cluster))
+        models = [found[need].best for need in (config.teacher, config.student) if need]
+        if config.evaluate is not None:
+            requests = tuple(evaluations(config, found[config.evaluate], cluster))
+            found[name] = Stage(name, config.needs, requests, config.parallel)
+        elif config.cache is not None:
+            run = run_of(name, config, config.cache, file, found)
+            requests = tuple(cache_request(run, i, config.shards, cluster, models) for i in range(config.shards))
             found[name] = Stage(name, config.needs, requests, config.parallel)
         else:
-            run = run_of(name, config, file, found)
-            models = [found[need].best for need in (config.teacher, config.student) if need]
+            run = run_of(name, config, config.run or "", file, found)
             found[name] = Stage(name, config.needs, (train_request(run, cluster, coming=models),), run=run)
     refuse_twins(file, found.values())
     return list(found.values())
 
 
-def run_of(name: str, config: StageConfig, file: Path, found: Mapping[str, Stage]) -> RunConfig:
-    """What a stage trains: its run file, with the models of other stages."""
+def run_of(name: str, config: StageConfig, run: str, file: Path, found: Mapping[str, Stage]) -> RunConfig:
+    """What a stage trains, or whose teacher it runs: a run file, with the models of other stages."""
     settings = [f"output.name={json.dumps(name, ensure_ascii=False)}"]
     for role, need in (("teacher", config.teacher), ("student", config.student)):
         if need and found[need].trains_adapter:
@@ -83,7 +87,7 @@ def run_of(name: str, config: StageConfig, file: Path, found: Mapping[str, Stage
             )
         if need:
             settings.append(f"{role}.path={json.dumps(str(found[need].best), ensure_ascii=False)}")
-    return load_run(file.parent / (config.run or ""), [*settings, *config.settings])
+    return load_run(file.parent / run, [*settings, *config.settings])
 
 
 def evaluations(config: StageConfig, trained: Stage, cluster: ClusterConfig) -> Iterator[Request]:

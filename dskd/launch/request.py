@@ -1,4 +1,4 @@
-"""What is to be submitted: a run or an evaluation as one job, checked as far as a login node can."""
+"""What is to be submitted: a run, an evaluation or a shard of a cache as one job, checked as far as possible."""
 
 import os
 import shutil
@@ -60,6 +60,26 @@ def train_request(run: RunConfig, cluster: ClusterConfig, coming: Collection[Pat
     check(request, cluster, mounts, "launch.")
     accumulation_steps(run, request.nodes * request.tasks_per_node)
     check_space(run)
+    return request
+
+
+def cache_request(
+    run: RunConfig, shard: int, shards: int, cluster: ClusterConfig, coming: Collection[Path] = ()
+) -> Request:
+    """The job that makes one shard of the cache of a run's teacher; see `train_request`."""
+    check_paths(run, coming)
+    mounts, directory = run_mounts(run), RunDirectory(run.directory / f"shard{shard}-of-{shards}")
+    arguments = ("teacher", "cache", str(directory.job.settings), "--shard", f"{shard}/{shards}")
+    request = Request(
+        directory=directory.path,
+        name=f"{run.directory.name}-{shard}",
+        command=rank_command(cluster, arguments, mounts),
+        nodes=run.launch.nodes,
+        tasks_per_node=run.launch.processes or cluster.gpus_per_node or 1,
+        hours=run.launch.hours or cluster.hours,
+        settings=to_yaml(run),
+    )
+    check(request, cluster, mounts, "launch.")
     return request
 
 

@@ -31,8 +31,13 @@ stages:
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [
-        ("{a: {}}", "stages.a.run: either run or evaluate is expected"),
-        ("{a: {run: x, evaluate: a}}", "stages.a.run: either run or evaluate is expected"),
+        ("{a: {}}", "stages.a.run: either run, cache or evaluate is expected"),
+        ("{a: {run: x, evaluate: a}}", "stages.a.run: either run, cache or evaluate is expected"),
+        ("{a: {run: x, cache: x}}", "stages.a.run: either run, cache or evaluate is expected"),
+        ("{a: {cache: x, shards: 0}}", "stages.a.shards: must be above 0, got 0"),
+        ("{a: {run: x, shards: 2}}", "stages.a.shards: has no effect beside run"),
+        ("{a: {cache: x, data: [y]}}", "stages.a.data: has no effect beside cache"),
+        ("{a: {cache: x}, b: {run: x, teacher: a}}", "stages.b: a trains no model"),
         ("{a: {run: x}, b: {evaluate: a}}", "stages.b.data: is missing; "),
         ("{a: {run: x, data: [y]}}", "stages.a.data: has no effect beside run"),
         ("{a: {run: x, teacher: bb}, b: {run: x}}", "stages.a: 'bb': unknown stage; allowed: a, b; nearest: b"),

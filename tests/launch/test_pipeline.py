@@ -186,6 +186,25 @@ def test_a_dry_run_leaves_out_what_is_complete(folder, write):
     assert "--dependency" not in done.stdout
 
 
+def test_a_cache_is_an_array_of_shards_that_the_distillation_waits_for(write, make_run, tmp_path):
+    file = make_run(tmp_path)
+    stages = {
+        "sft": {"run": "run.yaml"},
+        "states": {"cache": str(file), "shards": 3, "teacher": "sft", "parallel": 2},
+        "distil": {"run": str(file), "teacher": "sft", "settings": ["teacher.backend=cache"], "after": ["states"]},
+    }
+    done = typed(write(stages), "--cluster", "local", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    _, states, distil = done.stdout.split("\n# stage ")
+    assert states.startswith("states: 3 jobs, after sft\n")
+    assert "#SBATCH --array=0-2%2\n" in states
+    for shard in range(3):
+        directory = f"{tmp_path}/outputs/llama-pieces-untied/dskd_cma/states/shard{shard}-of-3"
+        assert f"# {directory}: each rank runs\n" in states
+        assert f" teacher cache {directory}/job/run.yaml --shard {shard}/3\n" in states
+    assert distil.startswith("distil: 1 job, after sft, states\n")
+
+
 def test_a_dry_run_here_shows_the_commands_that_would_run(folder, write):
     before = everything_in(folder)
     evaluation = {"precision": "fp32", "generation": {"greedy": True, "max_length": 64, "max_prompt_length": 32}}
