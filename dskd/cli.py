@@ -206,6 +206,23 @@ Cluster = Annotated[
 
 
 @app.command()
+def plan(
+    run_file: Annotated[
+        Path, typer.Argument(metavar="RUN.yaml", help="A run file; config.json of its models is enough.")
+    ],
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Cluster profile: a name in slurm/clusters, or a YAML file; empty: 8 H100."),
+    ] = None,
+) -> None:
+    """Tell what a run will need, before it is in any queue: memory, disk, time and nodes, for each teacher backend."""
+    from dskd.launch.verbs import plan_run_file
+
+    plan_run_file(run_file, overrides or [], cluster)
+
+
+@app.command()
 def submit(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN.yaml... [KEY=VALUE]...", help="Run files, and settings over theirs.")
@@ -217,6 +234,7 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Submit even what does not fit on a GPU.")] = False,
 ) -> None:
     """Submit runs to a Slurm cluster; several make one job array.
 
@@ -225,7 +243,7 @@ def submit(
     """
     from dskd.launch.verbs import submit_runs
 
-    submit_runs(runs, cluster, parallel, dry_run)
+    submit_runs(runs, cluster, parallel, dry_run, force)
 
 
 @app.command()

@@ -76,6 +76,10 @@ class ClusterConfig:
     """Further options of sbatch without their dashes, such as {reservation: course, mail-type: FAIL}."""
     gpus_per_node: int = 0
     """GPUs that a node has; a run gets as many as it has processes on the node."""
+    gpu_memory_gb: float | None = None
+    """Memory in GB of a GPU; where given, `dskd submit` refuses what cannot fit."""
+    gpu_tflops: float | None = None
+    """Peak of a GPU in bf16, dense, for `dskd plan`; empty takes an H100's, 989."""
     cpus_per_node: int = 1
     """CPU cores that a node has; a run gets its share of them by GPUs."""
     memory_gb: int | None = None
@@ -104,7 +108,9 @@ class ClusterConfig:
             require(getattr(self, key) >= 0, key, f"must not be negative, got {getattr(self, key)}")
         for key in ("cpus_per_node", "hours", "signal_seconds"):
             require(getattr(self, key) > 0, key, f"must be above 0, got {getattr(self, key)}")
-        require(self.memory_gb is None or self.memory_gb > 0, "memory_gb", f"must be above 0, got {self.memory_gb}")
+        for key in ("memory_gb", "gpu_memory_gb", "gpu_tflops"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, f"must be above 0, got {value}")
         for key in ("partition", "account", "qos", "constraint"):
             require_words(key, [getattr(self, key)])
         require_words("modules", self.modules)

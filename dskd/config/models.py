@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from dskd.config.errors import MOST, require, require_at_most
 
 ModelPath = Annotated[Path, "a folder, or the name org/model of one that was downloaded from the Hugging Face hub"]
+TeacherBackend = Literal["resident", "sharded", "cache"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TeacherConfig:
     """Folder of the teacher as Hugging Face saves it, or the name org/model of one in the local hub cache."""
     adapter: ModelPath | None = None
     """Folder of a LoRA adapter that is merged into the teacher after loading."""
-    backend: Literal["resident", "sharded", "cache"] = "resident"
+    backend: TeacherBackend = "resident"
     """Where its hidden states come from: a copy on every rank; one copy, split over the ranks and gathered layer by
     layer; or the files that `dskd teacher cache` wrote."""
     cache_precision: Literal["exact", "fp8", "int8"] = "exact"

@@ -7,30 +7,77 @@ from pathlib import Path
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError
 from dskd.config.load import load, load_run, override
+from dskd.config.run import RunConfig
 from dskd.launch import slurm
 from dskd.launch.clusters import find_cluster
 from dskd.launch.pipeline import read_pipeline, run_here, submit_pipeline, would_run, would_submit
 from dskd.launch.request import Request, train_request
 from dskd.launch.status import Status, require_job, runs_under, statuses
 from dskd.launch.submit import submission_text, submit
+from dskd.plan.advice import judge, verdict_line
+from dskd.plan.machine import Machine, assumed_machine, cluster_machine
+from dskd.plan.models import read_models
+from dskd.plan.table import show_plan
 from dskd.rundir.jobs import Jobs
 from dskd.rundir.read import is_complete, read_run
 
 
-def submit_runs(arguments: Sequence[str], cluster_name: str, parallel: int | None, dry_run: bool) -> None:
+def submit_runs(
+    arguments: Sequence[str], cluster_name: str, parallel: int | None, dry_run: bool, force: bool = False
+) -> None:
     """`dskd submit`: one run file, or several as an array."""
     files = [a for a in arguments if a.endswith((".yaml", ".yml"))]
     overrides = [a for a in arguments if a not in files]
     if not files:
         raise UserError("submit: a run file (RUN.yaml) is expected")
     name, cluster = find_cluster(cluster_name)
-    requests = [train_request(load_run(Path(file), overrides), cluster) for file in files]
+    runs = [load_run(Path(file), overrides) for file in files]
+    requests = [train_request(run, cluster) for run in runs]
     refuse_twins(requests)
+    for run in runs:
+        tell_forecast(run, name, cluster, force)
     if dry_run:
         print(submission_text(requests, cluster, parallel))
         return
     for request, job in zip(requests, submit(requests, name, cluster, parallel), strict=True):
         print(f"job {job}: {request.directory}")
+
+
+def tell_forecast(run: RunConfig, name: str, cluster: ClusterConfig, force: bool) -> None:
+    """Print in a line whether a run fits, where the profile says how much memory a GPU has.
+
+    Raises `UserError` for one that does not, unless `force`.
+    """
+    machine = cluster_machine(run, name, cluster)
+    if machine is None:
+        return
+    try:
+        found = judge(run, machine, read_models(run))
+    except UserError as error:
+        print(f"no forecast: {error}")
+        return
+    if not found.asked.fits and not force:
+        raise UserError(f"{verdict_line(found)} (`dskd plan` shows more; --force submits it all the same)")
+    print(verdict_line(found))
+
+
+def plan_run_file(file: Path, overrides: Sequence[str], cluster_name: str | None) -> None:
+    """`dskd plan`."""
+    run = load_run(file, overrides)
+    machine = assumed_machine(run)
+    if cluster_name is not None:
+        name, cluster = find_cluster(cluster_name)
+        machine = require_machine(run, name, cluster)
+    show_plan(judge(run, machine, read_models(run)))
+
+
+def require_machine(run: RunConfig, name: str, cluster: ClusterConfig) -> Machine:
+    machine = cluster_machine(run, name, cluster)
+    if machine is None:
+        raise UserError(
+            f"--cluster {name}: the profile says nothing of gpu_memory_gb (and gpus_per_node); both are needed"
+        )
+    return machine
 
 
 def resubmit(directory: Path, overrides: Sequence[str], force: bool) -> None:

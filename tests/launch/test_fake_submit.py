@@ -191,3 +191,17 @@ def test_a_finished_run_is_resumed_only_with_other_settings(slurm, run):
     assert list(slurm.jobs()) == ["101"]
     typed("resume", directory, "train.epochs=9")
     assert job_id(directory) == "102"
+
+
+def test_what_fits_is_told_in_a_line_and_what_does_not_is_refused(slurm, run):
+    small, large = (slurm.profile(gpus_per_node=2, gpu_memory_gb=memory) for memory in (0.5, 80))
+    assert small == large
+    told = typed("submit", run, "--cluster", large, "--dry-run").splitlines()[0]
+    assert told.startswith("fits: 1.")
+    assert " of 80.0 GB a GPU; " in told
+    slurm.profile(gpus_per_node=2, gpu_memory_gb=0.5)
+    line = typed("submit", run, "--cluster", small, code=2)
+    assert line.startswith("dskd: does not fit: 1.")
+    assert slurm.jobs() == {}
+    assert typed("submit", run, "--cluster", small, "--force").startswith("does not fit: ")
+    assert slurm.state("101") == "PENDING"

@@ -1,0 +1,94 @@
+"""What a run will need, on one screen."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from dskd.plan.advice import Verdict, gigabytes, hours_told, state, told
+from dskd.plan.forecast import Forecast
+from dskd.plan.memory import activations
+
+WIDTH = 100
+PARTS = ("weights", "gradients", "optimizer", "activations", "teacher", "loss", "other")
+
+
+def show_plan(found: Verdict) -> None:
+    """Print what a run needs with each backend, and what to do."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, highlight=False)
+    for line in heading(found.asked):
+        console.print(line)
+    console.print(table(found))
+    for line in notes(found):
+        console.print(line)
+
+
+def heading(asked: Forecast) -> Iterator[str]:
+    run, workload = asked.run, asked.models.workload
+    teacher = f"{run.teacher.path.name} -> " if run.teacher is not None and asked.models.teacher is not None else ""
+    how = f"{run.method.kind}, {run.engine.precision}, ZeRO-{run.engine.zero_stage}"
+    steps = f"{workload.steps} steps of {run.train.global_batch_size} records ({workload.epochs:g} epochs)"
+    yield f"{teacher}{run.student.path.name}, {how}; {steps}"
+    source = "4 characters a token" if workload.known else "no file: as long as may be"
+    yield (
+        f"{workload.records} records ({source}): {millions(workload.padded_tokens)} padded tokens an epoch, "
+        f"{millions(workload.response_tokens)} of responses"
+    )
+    yield asked.machine.name
+
+
+def millions(number: int) -> str:
+    return f"{number / 1e6:.2f} M"
+
+
+def table(found: Verdict) -> Table:
+    unit = "GPU" if found.asked.machine.on_gpu else "rank"
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    made.add_column("teacher")
+    short = ("weights", "grads", "optim.", "activ.", "teacher", "loss", "other")
+    for name in (*short, f"GB a {unit}", "host", "disk", "time", "nodes"):
+        made.add_column(name, justify="right")
+    for forecast in found.forecasts:
+        made.add_row(*row(forecast, forecast is found.asked))
+    return made
+
+
+def row(forecast: Forecast, asked: bool) -> list[str]:
+    parts = forecast.memory
+    nodes = forecast.nodes_needed
+    name = forecast.backend if forecast.models.teacher is not None else "none"
+    return [
+        f"{name}{'*' if asked else ''}",
+        *(gigabytes(getattr(parts, name)) for name in PARTS),
+        gigabytes(parts.total),
+        gigabytes(forecast.host) if forecast.host else "-",
+        gigabytes(forecast.disk),
+        hours_told(forecast.hours),
+        "none" if nodes is None else str(nodes),
+    ]
+
+
+def notes(found: Verdict) -> Iterator[str]:
+    asked = found.asked
+    machine = asked.machine
+    yield f"* as the run asks, on launch.nodes={machine.nodes}; host, disk: GB; nodes: the fewest on which it fits so"
+    engine = asked.run.engine
+    without, with_ = (
+        gigabytes(activations(replace(asked.step, engine=replace(engine, gradient_checkpointing=checkpointing))))
+        for checkpointing in (False, True)
+    )
+    yield f"activations: {without} GB, and {with_} GB with engine.gradient_checkpointing=true"
+    for forecast in found.forecasts:
+        if forecast.making:
+            size, making = gigabytes(forecast.cache_bytes), gigabytes(forecast.making)
+            yield f"the cache: {size} GB; made once, in {making} GB a rank with the teacher split over {machine.ranks}"
+    yield state(found)
+    if found.advice is None:
+        yield f"best: none was found that fits, on up to {machine.most_nodes} nodes"
+    elif found.advice.changes:
+        yield f"best: {' '.join(found.advice.changes)}"
+        yield f"      {told(found.advice.forecast)}"
+    else:
+        yield "best: as it is"

@@ -1,0 +1,92 @@
+"""How much there is to train on: steps and tokens of a run, estimated from the first records of its file."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from dskd.config.data import DataConfig
+from dskd.config.errors import UserError
+from dskd.config.run import RunConfig
+
+CHARACTERS_PER_TOKEN = 4
+"""Of English text, in vocabularies of 32,000 to 152,000 tokens; counting would need the tokenizers."""
+LOOKED_AT = 5000
+"""Records whose lengths stand for those of the whole file."""
+UNKNOWN_RECORDS = 10_000
+"""Assumed where there is no file; each is then as long as data.max_length."""
+Lengths = tuple[int, int]
+"""Tokens of a record's prompt and response."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run goes through. Tokens are those of one epoch on all ranks."""
+
+    records: int
+    steps: int
+    epochs: float
+    """Passes over the records that `steps` make."""
+    padded_tokens: int
+    """With padding to the longest of each micro-batch."""
+    response_tokens: int
+    longest: int
+    """Tokens of the longest record with its response, at most data.max_length."""
+    longest_responses: int
+    """Most response tokens of a micro-batch."""
+    known: bool
+    """Whether the records were there to be looked at."""
+
+
+def workload_of(run: RunConfig) -> Workload:
+    """Raises `UserError` for a first record that is none."""
+    lengths, records = lengths_of(run.data) if run.data.train.is_file() else ([], UNKNOWN_RECORDS)
+    known = bool(lengths)
+    data, train = run.data, run.train
+    lengths = lengths or [(data.max_prompt_length, data.max_length - data.max_prompt_length)] * train.micro_batch_size
+    scale = records / len(lengths)
+    per_epoch = max(1, records // train.global_batch_size)
+    steps = min(per_epoch * train.epochs, train.max_steps or per_epoch * train.epochs)
+    batches = list(micro_batches(lengths, train.global_batch_size, train.micro_batch_size))
+    return Workload(
+        records=records,
+        steps=steps,
+        epochs=steps / per_epoch,
+        padded_tokens=round(scale * sum(len(batch) * max(map(sum, batch)) for batch in batches)),
+        response_tokens=round(scale * sum(response for _, response in lengths)),
+        longest=max(map(sum, lengths)),
+        longest_responses=max(sum(response for _, response in batch) for batch in batches),
+        known=known,
+    )
+
+
+def micro_batches(lengths: Sequence[Lengths], global_batch: int, micro_batch: int) -> Iterator[Sequence[Lengths]]:
+    """As training cuts them: in a global batch, records of like length stand together."""
+    for start in range(0, len(lengths), global_batch):
+        batch = sorted(lengths[start : start + global_batch], key=sum)
+        for first in range(0, len(batch), micro_batch):
+            yield batch[first : first + micro_batch]
+
+
+def lengths_of(data: DataConfig) -> tuple[list[Lengths], int]:
+    """The lengths of the first records, cut as training cuts them, and about how many the whole file has."""
+    try:
+        with data.train.open("rb") as lines:
+            first = [line for line in islice(lines, LOOKED_AT) if line.strip()]
+        size = data.train.stat().st_size
+    except OSError as error:
+        raise UserError(f"{data.train}: cannot be read: {error.strerror}") from None
+    lengths = [length_of(line, data, number) for number, line in enumerate(first, start=1)]
+    return lengths, round(len(first) * size / max(1, sum(map(len, first))))
+
+
+def length_of(line: bytes, data: DataConfig, number: int) -> Lengths:
+    try:
+        record = json.loads(line)
+        outputs = record["output"]
+        texts = record["prompt"], outputs if isinstance(outputs, str) else outputs[0]
+        prompt, response = (len(text) // CHARACTERS_PER_TOKEN + 1 for text in texts)
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        raise UserError(f'{data.train}:{number}: a record {{"prompt": ..., "output": ...}} is expected') from None
+    prompt = min(prompt, data.max_prompt_length)
+    return prompt, min(response, data.max_length - prompt)
