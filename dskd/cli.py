@@ -215,11 +215,22 @@ def plan(
         str | None,
         typer.Option(help="Cluster profile: a name in slurm/clusters, or a YAML file; empty: 8 H100."),
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train three steps here first, write nothing, and correct what is said.")
+    ] = False,
 ) -> None:
     """Tell what a run will need, before it is in any queue: memory, disk, time and nodes, for each teacher backend."""
-    from dskd.launch.verbs import plan_run_file
+    from dskd.config.load import load_run
+    from dskd.launch.verbs import show_forecasts
 
-    plan_run_file(run_file, overrides or [], cluster)
+    run, measured = load_run(run_file, overrides or []), None
+    if measure:
+        from dskd.start import measure_run
+
+        measured = measure_run(run)
+        if measured is None:
+            return  # another rank tells
+    show_forecasts(run, cluster, measured)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dskd.config.run import RunConfig, accumulation_steps, check_folders, check_paths
 from dskd.config.stopping import UNFINISHED
@@ -14,6 +14,9 @@ from dskd.config.training import TrainConfig
 from dskd.engine.preemption import Flags, Phase, Stopped, watch_signals
 from dskd.rundir.layout import RunDirectory
 from dskd.teachers.cache.shard import Shard
+
+if TYPE_CHECKING:
+    from dskd.plan.measured import Measured
 
 
 def start_training(run: RunConfig, force: bool) -> None:
@@ -70,6 +73,26 @@ def tell_ignored_nodes(run: RunConfig) -> None:
     if run.launch.nodes > 1:
         hint = "`dskd submit` starts them; by hand, set RANK, WORLD_SIZE and MASTER_ADDR for each rank"
         print(f"dskd: launch.nodes: {run.launch.nodes} is ignored, this machine works alone ({hint})", file=sys.stderr)
+
+
+def measure_run(run: RunConfig) -> "Measured | None":
+    """Some steps of a run on as many ranks as it wants here, or as the rank that this process is; rank 0 is told."""
+    from dskd.launch.ranks import run_processes
+
+    check_paths(run)
+    if "RANK" not in os.environ:
+        processes = run.launch.processes or gpus()
+        accumulation_steps(run, processes)
+        # On a CPU: what is freed goes back to the system at once, so that what is in use is counted and nothing else.
+        os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "10000000"}
+        raise SystemExit(run_processes(sys.argv[1:], processes))
+    from dskd.engine import distributed
+    from dskd.measure import measure
+
+    ranks = distributed.start()
+    found = measure(run, ranks)
+    distributed.stop()
+    return found if ranks.is_main else None
 
 
 def as_rank(times: TrainConfig, work: Callable[[Flags], None], how: Callable[[], str]) -> None:

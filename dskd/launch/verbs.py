@@ -16,6 +16,7 @@ from dskd.launch.status import Status, require_job, runs_under, statuses
 from dskd.launch.submit import submission_text, submit
 from dskd.plan.advice import judge, verdict_line
 from dskd.plan.machine import Machine, assumed_machine, cluster_machine
+from dskd.plan.measured import Measured, correct
 from dskd.plan.models import read_models
 from dskd.plan.table import show_plan
 from dskd.rundir.jobs import Jobs
@@ -61,14 +62,19 @@ def tell_forecast(run: RunConfig, name: str, cluster: ClusterConfig, force: bool
     print(verdict_line(found))
 
 
-def plan_run_file(file: Path, overrides: Sequence[str], cluster_name: str | None) -> None:
-    """`dskd plan`."""
-    run = load_run(file, overrides)
-    machine = assumed_machine(run)
+def show_forecasts(run: RunConfig, cluster_name: str | None, measured: Measured | None) -> None:
+    """`dskd plan`. What was measured here corrects what is said of a cluster where both have GPUs, or none."""
+    machine = assumed_machine(run) if measured is None else measured.machine
     if cluster_name is not None:
         name, cluster = find_cluster(cluster_name)
         machine = require_machine(run, name, cluster)
-    show_plan(judge(run, machine, read_models(run)))
+    found = judge(run, machine, read_models(run))
+    if measured is not None:
+        line, correction = correct(found.asked, measured)
+        print(line)
+        if machine.on_gpu == measured.machine.on_gpu:
+            found = judge(run, machine, found.asked.models, correction)
+    show_plan(found)
 
 
 def require_machine(run: RunConfig, name: str, cluster: ClusterConfig) -> Machine:

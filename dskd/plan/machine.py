@@ -64,6 +64,20 @@ def assumed_machine(run: RunConfig) -> Machine:
     )
 
 
+def these_gpus(ranks: int, memory: int) -> Machine:
+    """The GPUs of this machine."""
+    return Machine(
+        name=f"this machine: {ranks} GPU(s) of {memory / GB:.0f} GB",
+        nodes=1,
+        ranks_per_node=ranks,
+        on_gpu=True,
+        memory=memory,
+        flops=H100_TFLOPS * 1e12,
+        host_memory=None,
+        most_nodes=1,
+    )
+
+
 def this_machine(processes: int) -> Machine:
     """The CPUs of this machine, shared by so many processes."""
     total = memory_of_this_machine()

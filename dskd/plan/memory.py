@@ -86,10 +86,19 @@ class Step:
 
 
 def peak(step: Step) -> Parts:
-    """The parts at the moment when they are most."""
-    most = max(phases(step).values(), key=lambda parts: parts.total)
-    process = PROCESS[step.on_gpu] + (PROCESS_ZERO[step.on_gpu] if step.engine.zero_stage else 0)
-    return replace(most, other=most.other + process + round(SLACK[step.on_gpu] * most.total))
+    """The parts at the moment when they are most, with what a process needs besides tensors."""
+    most = highest(step)
+    return replace(most, other=most.other + process(step) + round(SLACK[step.on_gpu] * most.total))
+
+
+def highest(step: Step) -> Parts:
+    """Tensors alone, as torch counts them on a GPU."""
+    return max(phases(step).values(), key=lambda parts: parts.total)
+
+
+def process(step: Step) -> int:
+    """Bytes of a rank besides tensors."""
+    return PROCESS[step.on_gpu] + (PROCESS_ZERO[step.on_gpu] if step.engine.zero_stage else 0)
 
 
 def phases(step: Step) -> dict[str, Parts]:

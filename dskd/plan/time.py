@@ -20,10 +20,15 @@ def run_seconds(models: Models, machine: Machine, backend: TeacherBackend, check
     Args:
         size: bytes of a number.
     """
+    making = teacher_seconds(models, machine, backend, size) if backend == "cache" else 0.0
+    return making + steps_seconds(models, machine, backend, checkpointing, size)
+
+
+def steps_seconds(models: Models, machine: Machine, backend: TeacherBackend, checkpointing: bool, size: int) -> float:
+    """Of all training steps."""
     epochs = models.workload.epochs
-    once = teacher_seconds(models, machine, models.workload.steps / epochs, backend, size)
-    trained = epochs * student_seconds(models, machine, checkpointing) + head_seconds(models, machine)
-    return trained + (once if backend == "cache" else epochs * once)
+    teacher = 0.0 if backend == "cache" else teacher_seconds(models, machine, backend, size)
+    return epochs * (teacher + student_seconds(models, machine, checkpointing)) + head_seconds(models, machine)
 
 
 def student_seconds(models: Models, machine: Machine, checkpointing: bool) -> float:
@@ -41,7 +46,7 @@ def head_seconds(models: Models, machine: Machine) -> float:
     return flops / (machine.flops * (FROZEN_SHARE if machine.on_gpu else CPU_SHARE))
 
 
-def teacher_seconds(models: Models, machine: Machine, steps: float, backend: TeacherBackend, size: int) -> float:
+def teacher_seconds(models: Models, machine: Machine, backend: TeacherBackend, size: int) -> float:
     """Of the teacher, once over the records; one that is split travels to every rank once a step meanwhile."""
     if models.teacher is None:
         return 0.0
@@ -50,7 +55,7 @@ def teacher_seconds(models: Models, machine: Machine, steps: float, backend: Tea
     if backend != "sharded" or not machine.on_gpu:
         return computing
     link = WITHIN_NODE if machine.nodes == 1 else BETWEEN_NODES
-    return max(computing, steps * models.teacher.weights * size / link)
+    return max(computing, models.workload.steps / models.workload.epochs * models.teacher.weights * size / link)
 
 
 def forward_flops(shape: ModelShape, length: int) -> int:

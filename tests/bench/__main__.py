@@ -1,5 +1,5 @@
 """`make bench`: loss heads, a whole training step and alignments, against their dense or plain forms, on one thread;
-what saving costs, and what a teacher's cache gains.
+what saving costs, what a teacher's cache gains, and the memory of runs against what is predicted for them.
 
 Prints a table and writes bench.json. `python -m bench [--quick] [RECORDS STUDENT_TOKENIZER TEACHER_TOKENIZER]`: with
 files, the steps run on these records; --quick leaves out the dense forms, which take most of the time.
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import in_own_process
+from bench.plan import run_cases
 from dskd.losses import METHODS
 
 GIB = 2**30
@@ -89,7 +90,11 @@ def tables(results: dict) -> list[Table]:
     seconds = [f"{case[f'{name}_seconds']:.1f}" for name in ("resident", "making", "cached")]
     ratio, waiting = f"{case['resident_over_cache']:.2f}", f"{100 * case['waiting_share']:.2f} %"
     cache.add_row(f"dskd_cma, {case['epochs']} epochs", *seconds, ratio, waiting)
-    return [heads, step, aligned, saving, cache]
+    planned = Table("highest memory of a rank", "predicted GB", "measured GB", "predicted / measured")
+    for case, values in results["plan"].items():
+        both = (f"{values[name] / 1e9:.2f}" for name in ("predicted_bytes", "measured_bytes"))
+        planned.add_row(case, *both, f"{values['ratio']:.2f}")
+    return [heads, step, aligned, saving, cache, planned]
 
 
 def show(text: str | Table) -> None:
@@ -106,6 +111,7 @@ def main(arguments: list[str]) -> None:
         "alignments": alignments(),
         "saving": in_own_process("saving"),
         "teacher_cache": in_own_process("teacher_cache", *files[:1]),
+        "plan": run_cases(),
     }
     Path("bench.json").write_text(json.dumps(results, indent=2) + "\n")
     for table in tables(results):
