@@ -1,21 +1,33 @@
 """The run files in jobs/: one for each training script of the original, with the published settings."""
 
+import json
 from dataclasses import fields
 from fnmatch import fnmatch
 from functools import reduce
 from pathlib import Path
 
 import pytest
+from support.published import GPT2_XL, QWEN_1_5B, QWEN_72B, TINYLLAMA
 
-from dskd.config.load import load_run, read_yaml
+from dskd.config.load import load_run, override, read_yaml
 from dskd.config.methods import MethodConfig
 from dskd.config.models import LoraConfig
 from dskd.config.recipes import find_recipes, recipes_folder
 from dskd.config.run import RunConfig, accumulation_steps
+from dskd.plan.advice import judge
+from dskd.plan.machine import assumed_machine
+from dskd.plan.models import read_models
 
+CONFIGS = {
+    "qwen2.5-72b": QWEN_72B,
+    "qwen2.5-1.5b": QWEN_1_5B,
+    "tinyllama-1.1b": TINYLLAMA,
+    "gpt2-xl": GPT2_XL,
+}
 JOBS = recipes_folder()
 NAMES = [str(file.relative_to(JOBS).with_suffix("")) for file in sorted(JOBS.rglob("[!_]*.yaml"))]
-PAPER = [name for name in NAMES if not name.startswith("quickstart/")]
+PAPER = [name for name in NAMES if not name.startswith(("quickstart/", "qwen/"))]
+LARGE = [name for name in NAMES if name.startswith("qwen/")]
 
 # Recipe: method, student, teacher. All that scripts/ of the original trains, and the two methods of its successor.
 ORIGINAL = {
@@ -84,6 +96,23 @@ def test_the_global_batch_divides_on_one_machine(name):
     run = load(name)
     one, *more = [accumulation_steps(run, gpus) for gpus in (1, 2, 4, 8)]
     assert more == [one // 2, one // 4, one // 8]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_teacher_of_72b_fits_on_the_nodes_that_its_recipe_asks_for(name, tmp_path):
+    """Of 8 GPUs of 80 GB; the models' configurations alone are there."""
+    run = load(name)
+    assert run.teacher is not None
+    assert run.teacher.path.name == "qwen2.5-72b"
+    for folder, config in CONFIGS.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    paths = (f"{side}.path={tmp_path / getattr(run, side).path.name}" for side in ("student", "teacher"))
+    small = override(run, [*paths, f"data.train={tmp_path}/none", f"data.dev={tmp_path}/none"])
+    found = judge(small, assumed_machine(small), read_models(small))
+    assert found.asked.fits
+    whole = next(forecast for forecast in found.forecasts if forecast.backend == "resident")
+    assert not whole.fits
 
 
 @pytest.mark.parametrize("file", sorted(JOBS.rglob("*.yaml")), ids=lambda file: file.stem)

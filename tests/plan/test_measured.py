@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.qwen import QWEN_1_5B, QWEN_72B
+from support.published import QWEN_1_5B, QWEN_72B
 from support.starts import finish
 
 from dskd.config.load import load_run

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.qwen import QWEN_1_5B, QWEN_72B
+from support.published import QWEN_1_5B, QWEN_72B
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dskd.config.errors import UserError

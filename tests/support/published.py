@@ -1,4 +1,4 @@
-"""The configurations of two published models, as far as they say anything of their shape."""
+"""The configurations of published models, as far as they say anything of their shape."""
 
 QWEN_72B = {
     "model_type": "qwen2",
@@ -21,3 +21,13 @@ QWEN_1_5B = QWEN_72B | {
     "vocab_size": 151936,
     "tie_word_embeddings": True,
 }
+TINYLLAMA = QWEN_72B | {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_size": 5632,
+    "vocab_size": 32000,
+}
+GPT2_XL = {"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25, "n_positions": 1024, "vocab_size": 50257}
