@@ -57,13 +57,13 @@ def test_ranks_that_share_one_copy_make_what_a_whole_one_makes(run_file, tmp_pat
 def test_stopped_it_keeps_what_it_made_and_goes_on(run_file, tmp_path):
     write_records(tmp_path / "train.jsonl", varied_records(8_000))
     (log := tmp_path / "log").touch()
-    start = Start(log, "teacher", "cache", run_file, "--shard", "1/4", ranks=2)
+    start = Start(log, "teacher", "cache", run_file, "--shard", "0/4", ranks=2)
     start.until(lambda: list(tmp_path.glob("outputs/cache/teacher-*/ends.safetensors")))
     start.send(signal.SIGTERM)
     assert start.wait() == [75, 75], start.text()
     assert "stopped as asked; go on with the same command" in start.text()
     kept = len(cached_keys(tmp_path))
-    said = finish(log, "teacher", "cache", run_file, "--shard", "1/4", ranks=1).splitlines()[-1]
+    said = finish(log, "teacher", "cache", run_file, "--shard", "0/4", ranks=1).splitlines()[-1]
     there, made = (int(said.split()[i].replace(",", "")) for i in (2, 4))
     assert there == kept + made
     assert len(set(cached_keys(tmp_path))) == there

@@ -46,8 +46,10 @@ class CacheFolder:
         return self.path / f"states-{shard.name}-{content}.safetensors"
 
     def unfinished(self, shard: Shard) -> Iterator[Path]:
-        """What a killed process left half written."""
-        return self.path.glob(f".states-{shard.name}-*")
+        """What a killed task left half written. Shard 0 writes the ends as well."""
+        yield from self.path.glob(f".states-{shard.name}-*")
+        if shard.index == 0:
+            yield from self.path.glob(f".{self.ends.name}.*")
 
     def held(self, shard: Shard, tell: Callable[[str], None]) -> AbstractContextManager[None]:
         """Inside, no other task writes this shard. Raises `UserError` where one does."""

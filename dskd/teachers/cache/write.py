@@ -102,9 +102,11 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks) -> None:
         wanted = records_of(shard.of_rank(ranks.rank, ranks.world_size), records, tokenizer, limits, ranks)
         missing = [each for each in wanted if each.key not in known]
         writer = Writer(folder, shard, made_with(tokenizer, limits))
-        if ranks.sum_int(len(missing)) or not folder.ends.is_file():
+        headless = ranks.sum_int(ranks.is_main and shard.index == 0 and not folder.ends.is_file())
+        if ranks.sum_int(len(missing)) or headless:
             running = load_running(teacher, tokenizer, run.engine.precision, ranks)
-            keep_ends(folder, running.view.ends, ranks)
+            if headless:
+                keep_ends(folder, running.view.ends, ranks)
             parts = list(batches_of(missing, run.train.micro_batch_size * run.data.max_length))
             rounds = max(ranks.gather(len(parts)))
             # A split teacher runs on all ranks or none: one with less to do repeats a record, and keeps nothing of it.
@@ -134,7 +136,7 @@ def mend(folder: CacheFolder, shard: Shard, about: About) -> None:
             problem = damage(piece) if any(shard.holds(key) for key in piece.keys) else None
             if problem is not None:
                 put_aside(piece.file, problem)
-        if folder.ends.is_file():
+        if shard.index == 0 and folder.ends.is_file():
             try:
                 read_ends(folder.ends, DTYPES[about["precision"]])
             except DamagedPiece as error:
@@ -181,10 +183,7 @@ def load_running(
 
 
 def keep_ends(folder: CacheFolder, ends: ModelEnds, ranks: Ranks) -> None:
-    """Write head and embeddings where they are not there. A collective call."""
-    absent = ranks.sum_int(ranks.is_main and not folder.ends.is_file())
-    if not absent:
-        return
+    """Write head and embeddings. A collective call."""
     tensors = tensors_of(ends)
 
     def write() -> None:
