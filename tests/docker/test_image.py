@@ -129,7 +129,7 @@ def test_a_change_of_the_source_rebuilds_quickly_and_no_secret_comes_along(engin
     for name in (".env", ".netrc", ".git/config", "outputs/run/train.log", "docker/.env", "dskd/.env", "jobs/.env"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(f"HF_TOKEN={secret}\n")
-    (source / "dskd" / "cli.py").open("a").write("# changed\n")
+    (source / "dskd" / "start.py").open("a").write("# changed\n")
     started = time.monotonic()
     engine("build", "--network=host", *image.base, "--tag=dskd:changed", source)
     seconds = time.monotonic() - started

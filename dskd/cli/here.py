@@ -1,7 +1,6 @@
-"""One entry point: dskd VERB. A verb's modules are imported only when it runs, so that help answers at once."""
+"""Verbs that work on this machine."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,80 +8,13 @@ from typing import Annotated
 
 import typer
 
-from dskd import __version__
+from dskd.cli.options import Force, Overrides
 from dskd.config.errors import UserError
 from dskd.config.training import GenerationConfig
-from dskd.start import leave
 
-app = typer.Typer(
-    help="Distil a large language model into a small one, white-box, whatever the two vocabularies are.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 GENERATION = GenerationConfig()
-Force = Annotated[bool, typer.Option("--force", help="Go on with a run even where changed settings make it another.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over those of the run file, such as train.lr=1e-4."),
-]
 
 
-def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
-    # Threads that wait without spinning, of this process and of all that it starts: beside other work, spinning ones
-    # cost a factor of five to ten. It counts only before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        app(args=join_numbers(sys.argv[1:]), prog_name="dskd")
-    except UserError as error:
-        print(f"dskd: {error}", file=sys.stderr)
-        leave(2)
-    except OSError as error:
-        print(f"dskd: {error.filename or 'this system'}: {error.strerror or error}", file=sys.stderr)
-        leave(2)
-    except SystemExit as end:
-        leave(end.code)
-
-
-def join_numbers(arguments: list[str]) -> list[str]:
-    """`--seeds 10 20` -> `--seeds 10,20`: an option takes one value, and a list of numbers is typed with spaces."""
-    joined: list[str] = []
-    for argument in arguments:
-        if argument.isdecimal() and len(joined) > 1 and joined[-2] == "--seeds" and not joined[-1].startswith("-"):
-            joined[-1] += f",{argument}"
-        else:
-            joined.append(argument)
-    return joined
-
-
-@contextmanager
-def as_options() -> Iterator[None]:
-    """Inside, what is wrong with a key is told of the option that stands for it: max_length is --max-length."""
-    try:
-        yield
-    except UserError as error:
-        key, colon, problem = str(error).partition(":")
-        raise UserError(f"--{key.replace('_', '-')}{colon}{problem}") from None
-
-
-def show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"dskd {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def train(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file; `dskd settings` lists its keys.")],
     overrides: Overrides = None,
@@ -100,7 +32,6 @@ def train(
     start_training(load_run(run_file, overrides or []), force)
 
 
-@app.command()
 def resume(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, as it wrote it.")],
     overrides: Overrides = None,
@@ -123,7 +54,6 @@ def resume(
     start_training(override(read_run(run_directory), overrides or []), force)
 
 
-@app.command()
 def collect(
     run_directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.")],
     to: Annotated[Path, typer.Option(help="Where the models and index.json go.")],
@@ -136,7 +66,6 @@ def collect(
     show_collected(run_directories, to)
 
 
-@app.command()
 def evaluate(
     checkpoint: Annotated[
         Path,
@@ -196,116 +125,16 @@ def evaluate(
     distributed.stop()
 
 
-RunDirectories = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="[RUN_DIR]...", help="Run directories; empty: all under outputs/."),
-]
-Cluster = Annotated[
-    str, typer.Option(help="Cluster profile: the name of a file in slurm/clusters, or the path of a YAML file.")
-]
+@contextmanager
+def as_options() -> Iterator[None]:
+    """Inside, what is wrong with a key is told of the option that stands for it: max_length is --max-length."""
+    try:
+        yield
+    except UserError as error:
+        key, colon, problem = str(error).partition(":")
+        raise UserError(f"--{key.replace('_', '-')}{colon}{problem}") from None
 
 
-@app.command()
-def plan(
-    run_file: Annotated[
-        Path, typer.Argument(metavar="RUN.yaml", help="A run file; config.json of its models is enough.")
-    ],
-    overrides: Overrides = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(help="Cluster profile: a name in slurm/clusters, or a YAML file; empty: 8 H100."),
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Train three steps here first, write nothing, and correct what is said.")
-    ] = False,
-) -> None:
-    """Tell what a run will need, before it is in any queue: memory, disk, time and nodes, for each teacher backend."""
-    from dskd.config.load import load_run
-    from dskd.launch.verbs import show_forecasts
-
-    run, measured = load_run(run_file, overrides or []), None
-    if measure:
-        from dskd.start import measure_run
-
-        measured = measure_run(run)
-        if measured is None:
-            return  # another rank tells
-    show_forecasts(run, cluster, measured)
-
-
-@app.command()
-def submit(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN.yaml... [KEY=VALUE]...", help="Run files, and settings over theirs.")
-    ],
-    cluster: Cluster,
-    parallel: Annotated[
-        int | None, typer.Option(min=1, help="Of several runs, at most so many at a time; empty: no limit.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Submit even what does not fit on a GPU.")] = False,
-) -> None:
-    """Submit runs to a Slurm cluster; several make one job array.
-
-    A run is started again by itself after a preemption, a lost node or the time limit. Submitting a run that stopped
-    before its end continues it.
-    """
-    from dskd.launch.verbs import submit_runs
-
-    submit_runs(runs, cluster, parallel, dry_run, force)
-
-
-@app.command()
-def status(directories: RunDirectories = None) -> None:
-    """Show state, progress, best model and restarts of runs, those of this machine and submitted ones."""
-    from dskd.launch.verbs import show_status
-
-    show_status(directories)
-
-
-@app.command()
-def logs(
-    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
-    rank: Annotated[int, typer.Option(min=0, help="Whose output.")] = 0,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
-) -> None:
-    """Print what a rank of a submitted run wrote, over all of its starts."""
-    from dskd.launch.status import print_logs
-
-    print_logs(directory, rank, follow)
-
-
-@app.command()
-def cancel(
-    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
-    now: Annotated[bool, typer.Option("--now", help="At once, without saving a state first.")] = False,
-) -> None:
-    """Stop submitted runs after they have saved their state; `dskd resume` continues them."""
-    from dskd.launch.verbs import cancel_runs
-
-    cancel_runs(directories, now)
-
-
-@app.command()
-def pipeline(
-    file: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="Stages that train and evaluate.")],
-    cluster: Annotated[
-        str | None, typer.Option(help="Cluster profile: a name in slurm/clusters, or a YAML file.")
-    ] = None,
-    local: Annotated[bool, typer.Option("--local", help="Run the stages here, without Slurm.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be submitted or run, and do nothing.")
-    ] = False,
-) -> None:
-    """Run a graph of trainings and evaluations, each after those it needs; what is complete already is skipped."""
-    from dskd.launch.verbs import run_pipeline
-
-    raise SystemExit(run_pipeline(file, cluster, local, dry_run))
-
-
-@app.command()
 def align(
     teacher: Annotated[
         Path, typer.Argument(metavar="TEACHER", help="A model's folder or org/model, as in a run file.")
@@ -336,11 +165,6 @@ def align(
     print(f"{total:8d}  teacher tokens; map kept in {cache_dir}")
 
 
-teacher = typer.Typer(no_args_is_help=True)
-app.add_typer(teacher, name="teacher", help="What a student learns from, made ready beforehand.")
-
-
-@teacher.command()
 def cache(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file of a training.")],
     overrides: Overrides = None,
@@ -360,7 +184,6 @@ def cache(
     start_caching(load_run(run_file, overrides or []), Shard.parse(shard))
 
 
-@app.command()
 def settings(
     prefix: Annotated[str, typer.Argument(help="Show keys that begin with this, such as train or engine.")] = "",
     search: Annotated[str, typer.Option(help="Show keys with this word in their name, type or help.")] = "",
@@ -372,7 +195,6 @@ def settings(
     show_settings(prefix, search, cluster)
 
 
-@app.command()
 def recipes(
     folder: Annotated[Path | None, typer.Argument(help="Where to look; default: the jobs that come with dskd.")] = None,
 ) -> None:
@@ -382,7 +204,6 @@ def recipes(
     show_recipes(folder)
 
 
-@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for models and runs; each start makes a new run in it.")] = Path(
         "outputs/quickstart"
