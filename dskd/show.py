@@ -1,4 +1,4 @@
-"""The tables of the verbs that list something: as wide as the terminal, or whole where there is none. Torch-free."""
+"""What the verbs that list or count print; tables are as wide as the terminal, or whole where there is none."""
 
 import sys
 from collections.abc import Sequence
@@ -10,8 +10,9 @@ from rich.table import Column, Table
 
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError
+from dskd.config.hub import find_model
 from dskd.config.recipes import find_recipes
-from dskd.config.run import RunConfig
+from dskd.config.run import RunConfig, check_folder, require_folder
 from dskd.config.settings import list_settings
 from dskd.rundir.collect import collect, runs_among
 
@@ -64,3 +65,22 @@ def show_recipes(folder: Path | None) -> None:
 def show(table: Table, width: int) -> None:
     """Print a table; `width`: columns where there is no terminal."""
     Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False).print(table)
+
+
+def show_alignment(teacher: Path, student: Path, cache_dir: Path) -> None:
+    """`dskd align`."""
+    teacher, student = find_model(teacher), find_model(student)
+    require_folder("TEACHER", teacher)
+    require_folder("STUDENT", student)
+    check_folder("--cache-dir", cache_dir)
+    from dskd.data.vocabulary_map import load_or_build
+    from dskd.engine.metrics import progress_bar
+    from dskd.models.load import load_tokenizer
+
+    tokenizers = load_tokenizer(teacher, "TEACHER"), load_tokenizer(student, "STUDENT")
+    with progress_bar("vocabulary map") as progress:
+        found = load_or_build(cache_dir, *tokenizers, progress)
+    total = len(found.student_ids)
+    for count, label in ((found.exact, "exactly"), (found.near, "nearly"), (found.none, "not at all")):
+        print(f"{count:8d}  {100 * count / total:5.1f} %  match {label}")
+    print(f"{total:8d}  teacher tokens; map kept in {cache_dir}")

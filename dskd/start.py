@@ -4,15 +4,25 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dskd.config.run import RunConfig, accumulation_steps, check_folders, check_paths
+from dskd.config.hub import find_model
+from dskd.config.run import (
+    RunConfig,
+    accumulation_steps,
+    check_checkpoint,
+    check_folder,
+    check_folders,
+    check_length,
+    check_paths,
+)
 from dskd.config.stopping import UNFINISHED
-from dskd.config.training import TrainConfig
+from dskd.config.training import GenerationConfig, TrainConfig
 from dskd.engine.preemption import Flags, Phase, Stopped, watch_signals
-from dskd.rundir.layout import RunDirectory
+from dskd.rundir.layout import RunDirectory, evaluation_of
 from dskd.teachers.cache.shard import Shard
 
 if TYPE_CHECKING:
@@ -93,6 +103,40 @@ def measure_run(run: RunConfig) -> "Measured | None":
     found = measure(run, ranks)
     distributed.stop()
     return found if ranks.is_main else None
+
+
+def start_evaluation(
+    model: Path,
+    data: Path,
+    seeds: Sequence[int],
+    settings: GenerationConfig,
+    precision: str,
+    bos: bool,
+    processes: int | None,
+    output: Path | None,
+) -> None:
+    """`dskd evaluate`, on as many ranks as asked for, or as the one rank that this process is."""
+    from dskd.data.records import check_records
+    from dskd.rundir.read import model_of
+
+    model = model_of(find_model(model))
+    folder = output or evaluation_of(model, data)
+    check_checkpoint(model)
+    check_records(data)
+    check_folder("--output", folder)
+    check_length("--max-length", settings.max_length, model)
+    if "RANK" not in os.environ:
+        start_ranks(processes or gpus())
+    from dskd.engine import distributed
+    from dskd.evaluate import evaluate
+
+    ranks = distributed.start()
+    results = evaluate(model, data, seeds, settings, precision, folder, ranks, bos)
+    if ranks.is_main:
+        for name, label in (("rougel", "ROUGE-L"), ("exact_match", "exact match")):
+            print(f"{label} {results[name]['mean']:.2f} +- {results[name]['deviation']:.2f}")
+        print(f"{results['records']} records, seeds {', '.join(map(str, results['seeds']))}: {folder}")
+    distributed.stop()
 
 
 def as_rank(times: TrainConfig, work: Callable[[Flags], None], how: Callable[[], str]) -> None:

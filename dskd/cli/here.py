@@ -1,15 +1,13 @@
 """Verbs that work on this machine."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dskd.cli.options import Force, Overrides
-from dskd.config.errors import UserError
+from dskd.config.errors import UserError, as_options
 from dskd.config.training import GenerationConfig
 
 GENERATION = GenerationConfig()
@@ -91,48 +89,15 @@ def evaluate(
     ] = None,
 ) -> None:
     """Generate answers with a saved model and score ROUGE-L and exact match."""
-    from dskd.config.hub import find_model
     from dskd.config.load import parse_seeds
-    from dskd.config.run import check_checkpoint, check_folder, check_length
-    from dskd.data.records import check_records
-    from dskd.rundir.layout import evaluation_of
-    from dskd.rundir.read import model_of
+    from dskd.start import start_evaluation
 
-    checkpoint = model_of(find_model(checkpoint))
     numbers = parse_seeds(seeds)
     if precision not in ("bf16", "fp32"):
         raise UserError(f"--precision: allowed: bf16, fp32; got {precision!r}")
-    folder = output or evaluation_of(checkpoint, data)
-    check_checkpoint(checkpoint)
-    check_records(data)
-    check_folder("--output", folder)
-    check_length("--max-length", max_length, checkpoint)
     with as_options():
         settings = GenerationConfig(greedy, temperature, top_p, max_length, max_prompt_length, batch_size)
-    from dskd.start import gpus, start_ranks
-
-    if "RANK" not in os.environ:
-        start_ranks(processes or gpus())
-    from dskd.engine import distributed
-    from dskd.evaluate import evaluate as evaluate_here
-
-    ranks = distributed.start()
-    results = evaluate_here(checkpoint, data, numbers, settings, precision, folder, ranks, bos)
-    if ranks.is_main:
-        for name, label in (("rougel", "ROUGE-L"), ("exact_match", "exact match")):
-            print(f"{label} {results[name]['mean']:.2f} +- {results[name]['deviation']:.2f}")
-        print(f"{results['records']} records, seeds {', '.join(map(str, results['seeds']))}: {folder}")
-    distributed.stop()
-
-
-@contextmanager
-def as_options() -> Iterator[None]:
-    """Inside, what is wrong with a key is told of the option that stands for it: max_length is --max-length."""
-    try:
-        yield
-    except UserError as error:
-        key, colon, problem = str(error).partition(":")
-        raise UserError(f"--{key.replace('_', '-')}{colon}{problem}") from None
+    start_evaluation(checkpoint, data, numbers, settings, precision, bos, processes, output)
 
 
 def align(
@@ -145,24 +110,9 @@ def align(
     ),
 ) -> None:
     """Map each teacher token to its nearest student token, for method mined, and tell how many match."""
-    from dskd.config.hub import find_model
-    from dskd.config.run import check_folder, require_folder
+    from dskd.show import show_alignment
 
-    teacher, student = find_model(teacher), find_model(student)
-    require_folder("TEACHER", teacher)
-    require_folder("STUDENT", student)
-    check_folder("--cache-dir", cache_dir)
-    from dskd.data.vocabulary_map import load_or_build
-    from dskd.engine.metrics import progress_bar
-    from dskd.models.load import load_tokenizer
-
-    tokenizers = load_tokenizer(teacher, "TEACHER"), load_tokenizer(student, "STUDENT")
-    with progress_bar("vocabulary map") as progress:
-        found = load_or_build(cache_dir, *tokenizers, progress)
-    total = len(found.student_ids)
-    for count, label in ((found.exact, "exactly"), (found.near, "nearly"), (found.none, "not at all")):
-        print(f"{count:8d}  {100 * count / total:5.1f} %  match {label}")
-    print(f"{total:8d}  teacher tokens; map kept in {cache_dir}")
+    show_alignment(teacher, student, cache_dir)
 
 
 def cache(

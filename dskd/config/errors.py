@@ -1,5 +1,7 @@
 """The one exception that stands for a user's mistake."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LONGEST = 600
@@ -46,3 +48,13 @@ def require_at_most(settings: object, highest: float, *keys: str) -> None:
     for key in keys:
         value = getattr(settings, key)
         require(value is None or value <= highest, key, f"must be at most {highest}, got {shown(value)}")
+
+
+@contextmanager
+def as_options() -> Iterator[None]:
+    """Inside, what is wrong with a key is told of the option that stands for it: max_length is --max-length."""
+    try:
+        yield
+    except UserError as error:
+        key, colon, problem = str(error).partition(":")
+        raise UserError(f"--{key.replace('_', '-')}{colon}{problem}") from None

@@ -159,7 +159,10 @@ EARLY = [
     (("evaluate", "broken", "--data", "dev.jsonl"), "broken: broken/config.json holds no JSON object"),
     (("evaluate", "model", "--data", "dev.jsonl", "--output", "run.yaml"), "--output: cannot write "),
     (("evaluate", "model", "--data", "dev.jsonl", "--seeds", "9" * 5000), "--seeds: different whole numbers are expec"),
-    (("evaluate", "model", "--data", "dev.jsonl", "--batch-size", "9" * 20), "batch_size: must be at most 2147483647"),
+    (
+        ("evaluate", "model", "--data", "dev.jsonl", "--batch-size", "9" * 20),
+        "--batch-size: must be at most 2147483647",
+    ),
     (("align", "model", "model", "--cache-dir", "run.yaml"), "--cache-dir: cannot write "),
     (("collect", "outputs", "--to", "run.yaml"), "--to: cannot write "),
 ]
