@@ -280,13 +280,6 @@ MUTANTS = (
         "tests/teachers/test_cache.py",
     ),
     Mutant(
-        "a shard that two tasks write",
-        "dskd/teachers/cache/write.py",
-        "stack.enter_context(folder.held(shard, print)) if ranks.is_main else None",
-        "None",
-        "tests/teachers/test_cache.py",
-    ),
-    Mutant(
         "a watchdog that never barks",
         "dskd/engine/watchdog.py",
         "if silent > 60 * minutes[phase]:",
