@@ -169,9 +169,10 @@ def show(console: Console, outcomes: list[Outcome], minutes: float) -> None:
         duration = "" if o.minutes is None else f"{o.minutes:.1f}"
         table.add_row(o.name, loss, accuracy, f"{o.rougel:.2f}", f"{o.exact_match:.1f} %", duration)
     console.print(table)
-    console.print(f"The first question, and what each answers: {one_line(outcomes[0].prompt, 200)}", markup=False)
+    question = " ".join(outcomes[0].prompt.split())
+    console.print(f"The first question, and what each answers: {question}", markup=False, soft_wrap=True)
     for o in outcomes:
-        console.print(f"  {o.name}: {one_line(o.answer, 200)}", markup=False, soft_wrap=True)
+        console.print(f"  {o.name}: {one_line(' '.join(o.answer.split()), 200)}", markup=False, soft_wrap=True)
     console.print(f"{minutes:.1f} minutes in all. One seed and a few hundred records: a try-out, not a result.")
     console.print("Written:")
     for o in outcomes:
