@@ -318,7 +318,7 @@ MUTANTS = (
     Mutant(
         "a cancelled run is started again",
         "dskd/launch/batch.py",
-        "if jobs.is_cancelled():",
+        "if jobs.is_cancelled() and not is_complete(jobs.directory):",
         "if False:",
         "tests/launch/test_fake_batch.py",
     ),
