@@ -1,8 +1,7 @@
 """A model without its weights, and its weights straight from the safetensors files, some rows of a tensor at a time."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,38 +39,36 @@ class LowRank:
         return (left[rows].float() @ right.float()) * self.scale
 
 
+@dataclass(frozen=True)
 class Pieces:
-    """Rows of a model's weights. Each file is opened once, and only what is asked for is read."""
+    """Where a model's weights are, and what its adapter adds to them."""
 
-    def __init__(self, folder: Path, updates: Mapping[str, LowRank], stack: ExitStack) -> None:
-        self.updates, self.stack = updates, stack
-        self.places = tensor_places(folder)
-        self.open: dict[Path, Any] = {}
-        self.names: dict[str, list[str]] = {}
-        """The tensors that hold a weight; several where a tied one was saved twice."""
+    places: Mapping[str, Path]
+    """The file of each tensor."""
+    names: Mapping[str, Sequence[str]]
+    """The tensors that hold each weight; several where a tied one was saved twice."""
+    updates: Mapping[str, LowRank]
 
     def rows(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of a weight, its adapter's update merged in, on the CPU; mapped from the file where it fits as it is."""
-        first, *others = (self.tensor(tensor)[rows] for tensor in self.names[name])
+        """Rows of a weight, its adapter's update merged in, on the CPU; nothing of the file stays mapped."""
+        first, *others = (self.read(tensor, rows) for tensor in self.names[name])
         if not all(torch.equal(first, other) for other in others):
             raise ValueError(f"{' and '.join(self.names[name])} are one weight of the model, and differ")
-        piece: Tensor = first.to(dtype)
+        piece = first.to(dtype)
         if name in self.updates:
             piece = (piece.float() + self.updates[name].rows(rows)).to(dtype)
         return piece
 
-    def tensor(self, tensor: str) -> Any:
-        """A tensor of the files, to be sliced."""
-        file = self.places[tensor]
-        if file not in self.open:
-            self.open[file] = self.stack.enter_context(safe_open(file, "pt"))
-        return self.open[file].get_slice(tensor)
+    def read(self, tensor: str, rows: slice) -> Tensor:
+        # The file is closed after each, since the pages that were read count as this process's while it is mapped.
+        with safe_open(self.places[tensor], "pt") as file:
+            read: Tensor = file.get_slice(tensor)[rows].clone()
+        return read
 
 
-@contextmanager
-def pieces(
-    model: Any, names: Mapping[str, list[str]], folder: Path, key: str, updates: Mapping[str, LowRank]
-) -> Iterator[Pieces]:
+def find_pieces(
+    model: Any, names: Mapping[str, Sequence[str]], folder: Path, key: str, updates: Mapping[str, LowRank]
+) -> Pieces:
     """The weights of an empty `model` in the files of `folder`.
 
     Args:
@@ -80,20 +77,30 @@ def pieces(
     Raises:
         UserError: where a weight is not one tensor of the same name and shape, so that no piece of it can be read.
     """
-    with loading(f"{key}: no weights load from {folder}"), ExitStack() as stack:
-        files = Pieces(folder, updates, stack)
-        for name, aliases in names.items():
-            # A body that was saved alone lacks the prefix that its weights have in the model.
-            wanted = [one for alias in aliases for one in (alias, alias.removeprefix(f"{model.base_model_prefix}."))]
-            found = [tensor for tensor in dict.fromkeys(wanted) if tensor in files.places]
-            shape = list(model.get_parameter_or_buffer(name).shape)
-            if not found or any(files.tensor(tensor).get_shape() != shape for tensor in found):
-                raise UserError(
-                    f"teacher.backend: sharded does not support {key} {folder}: its weight {name} is no tensor of that "
-                    f"name and shape {shape} in the files; teacher.backend=resident loads whatever transformers does"
-                )
-            files.names[name] = found
-        yield files
+    found = {}
+    with loading(f"{key}: no weights load from {folder}"):
+        places = tensor_places(folder)
+        shapes = tensor_shapes(set(places.values()))
+    for name, aliases in names.items():
+        # A body that was saved alone lacks the prefix that its weights have in the model.
+        wanted = [one for alias in aliases for one in (alias, alias.removeprefix(f"{model.base_model_prefix}."))]
+        found[name] = [tensor for tensor in dict.fromkeys(wanted) if tensor in places]
+        shape = list(model.get_parameter_or_buffer(name).shape)
+        if not found[name] or any(shapes.get(tensor) != shape for tensor in found[name]):
+            raise UserError(
+                f"teacher.backend: sharded does not support {key} {folder}: its weight {name} is no tensor of that "
+                f"name and shape {shape} in the files; teacher.backend=resident loads whatever transformers does"
+            )
+    return Pieces(places, found, updates)
+
+
+def tensor_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            shapes |= {tensor: file.get_slice(tensor).get_shape() for tensor in names}
+    return shapes
 
 
 def weight_names(model: nn.Module) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ FSDP2 gathers a layer before its forward and frees it after. All micro-batches o
 that the whole teacher travels once a step. The head is whole on every rank: losses need it at any time.
 """
 
+import ctypes
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,12 +20,15 @@ from dskd.config.models import TeacherConfig
 from dskd.data.batch import Batch, Side
 from dskd.engine.distributed import COLLECTIVE, Ranks
 from dskd.losses.tensors import Head, Model
+from dskd.models.load import loading
 from dskd.models.views import ModelEnds, ModelView, check_view, check_vocabulary
-from dskd.models.weights import LowRank, adapter_updates, empty_causal_lm, pieces, weight_names
+from dskd.models.weights import LowRank, adapter_updates, empty_causal_lm, find_pieces, weight_names
 
 MOST_TOKENS = 2**14
 """Tokens that go through a layer together, padding included. On a 72B teacher they are about 4 GB of activations, and
 enough work for a GPU (2.4 PFLOP) to hide that the next layers travel."""
+
+M_MMAP_THRESHOLD, FREED_AT_ONCE = -3, 2**20
 
 
 class ShardedEnds:
@@ -109,6 +113,8 @@ def load_sharded(settings: TeacherConfig, tokenizer: object, precision: str, ran
 
     Raises `UserError` for a model that does not fit, or whose files do not hold its weights one by one.
     """
+    if ranks.device.type == "cpu":
+        give_back_what_is_freed()  # already the empty model, whose weights are made for a moment, else leaves a hole
     model = empty_causal_lm(settings.path, "teacher.path", precision, settings.trust_remote_code)
     updates: dict[str, LowRank] = {}
     if settings.adapter is not None:
@@ -122,10 +128,11 @@ def load_sharded(settings: TeacherConfig, tokenizer: object, precision: str, ran
     own: dict[str, Tensor] = {}
 
     def read() -> None:
-        with pieces(model, names, settings.path, "teacher.path", updates) as files:
+        pieces = find_pieces(model, names, settings.path, "teacher.path", updates)
+        with loading(f"teacher.path: no weights load from {settings.path}"):
             for name, weight in weights.items():
                 waits = offload and isinstance(weight, DTensor)
-                piece = files.rows(name, own_rows(weight, mesh), weight.dtype)
+                piece = pieces.rows(name, own_rows(weight, mesh), weight.dtype)
                 own[name] = piece.to("cpu" if waits else ranks.device)
 
     ranks.together(read)  # a mistake that one rank finds must not leave the others waiting in what follows
@@ -136,6 +143,17 @@ def load_sharded(settings: TeacherConfig, tokenizer: object, precision: str, ran
         buffer.data = buffer.data.to(ranks.device)
     check_view(view)
     return ShardedTeacher(view, ranks)
+
+
+def give_back_what_is_freed() -> None:
+    """Let glibc return each freed layer to the system.
+
+    Else it raises this threshold to the size of a layer, and the freed ones stay in a heap too torn to be used again:
+    more than the whole teacher, on every rank.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, FREED_AT_ONCE)
 
 
 def mesh_of(shard_group: str, ranks: Ranks) -> DeviceMesh:

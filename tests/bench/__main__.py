@@ -1,7 +1,6 @@
-"""`make bench`: loss heads, a whole training step and alignments, against their dense or plain forms, on one thread;
-what saving costs, what a teacher's cache gains, and the memory of runs against what is predicted for them.
+"""`make bench`: loss heads, a training step, alignments and more, against their dense or plain forms, on one thread.
 
-Prints a table and writes bench.json. `python -m bench [--quick] [RECORDS STUDENT_TOKENIZER TEACHER_TOKENIZER]`: with
+Prints tables and writes bench.json. `python -m bench [--quick] [RECORDS STUDENT_TOKENIZER TEACHER_TOKENIZER]`: with
 files, the steps run on these records; --quick leaves out the dense forms, which take most of the time.
 """
 
@@ -94,7 +93,12 @@ def tables(results: dict) -> list[Table]:
     for case, values in results["plan"].items():
         both = (f"{values[name] / 1e9:.2f}" for name in ("predicted_bytes", "measured_bytes"))
         planned.add_row(case, *both, f"{values['ratio']:.2f}")
-    return [heads, step, aligned, saving, cache, planned]
+    teacher = Table("teacher on 4 ranks", "loading MiB a rank", "running MiB a rank", "share of resident")
+    case = results["teacher_sharded"]
+    for backend, share in (("resident", ""), ("sharded", f"{100 * case['share']:.1f} %")):
+        sizes = (f"{case[f'{backend}_{phase}_bytes'] / 2**20:.0f}" for phase in ("loading", "running"))
+        teacher.add_row(backend, *sizes, share)
+    return [heads, step, aligned, saving, cache, planned, teacher]
 
 
 def show(text: str | Table) -> None:
@@ -112,6 +116,7 @@ def main(arguments: list[str]) -> None:
         "saving": in_own_process("saving"),
         "teacher_cache": in_own_process("teacher_cache", *files[:1]),
         "plan": run_cases(),
+        "teacher_sharded": in_own_process("teacher_sharded"),
     }
     Path("bench.json").write_text(json.dumps(results, indent=2) + "\n")
     for table in tables(results):
