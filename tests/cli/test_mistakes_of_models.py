@@ -58,8 +58,9 @@ def inputs(tiny, make_run, tmp_path_factory):
 
 
 def own_name(words: list[str], number: int) -> list[str]:
-    """All run at once, and two runs of one name would be in each other's way."""
-    return [*words[:2], f"output.name=run{number}", *words[2:]] if words[0] == "train" else words
+    """All run at once, and two runs of one name, or that make a folder for both, would be in each other's way."""
+    own = [f"output.name=run{number}", *([] if "output.name=foreign" in words else [f"output.root=outputs{number}"])]
+    return [*words[:2], *own, *words[2:]] if words[0] == "train" else words
 
 
 def test_each_is_told_in_one_line_and_leaves_nothing(inputs, monkeypatch, tmp_path):

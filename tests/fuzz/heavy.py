@@ -23,7 +23,7 @@ from dskd.config.errors import UserError
 from dskd.data.vocabulary_map import VocabularyMap, load, save
 from dskd.models.load import load_causal_lm, load_checkpoint, load_projectors, load_tokenizer, merge_adapter
 from dskd.models.views import ModelView
-from dskd.teachers.cache.ends import read_ends, write_ends
+from dskd.teachers.cache.ends import read_ends, tensors_of, write_ends
 from dskd.teachers.cache.folder import CacheFolder
 from dskd.teachers.cache.pieces import damage, open_piece, write_piece
 from dskd.teachers.cache.precision import encode
@@ -133,7 +133,8 @@ def made_cache(base: Path, path: Path) -> tuple[CacheFolder, Path]:
     """A teacher's cache of two records, and its piece."""
     path.mkdir()
     folder = CacheFolder(path)
-    write_ends(folder.ends, ModelView(load_causal_lm(base, "teacher.path", "fp32", False), "teacher.path").ends)
+    view = ModelView(load_causal_lm(base, "teacher.path", "fp32", False), "teacher.path")
+    write_ends(folder.ends, tensors_of(view.ends))
     records = [encode(torch.ones(count, 32), "int8") for count in (3, 2)]
     return folder, write_piece(folder, Shard(), [b"a" * 32, b"b" * 32], records, {"data.bos": False})
 
