@@ -6,37 +6,10 @@ whose derivative with respect to p_i is a_i, the gradient with respect to logit 
 Definitions: arXiv 2406.17328, section 2.2 and appendix.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from dskd.config.methods import DistillationConfig
 from dskd.losses.cross_entropy import softmax
-
-Distance = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def distance(settings: DistillationConfig) -> Distance:
-    """The distance a run asks for, as a function of undivided logits: temperatures are applied, and the chain rule."""
-    inner: dict[str, Distance] = {
-        "forward_kl": forward_kl,
-        "reverse_kl": reverse_kl,
-        "js_divergence": js_divergence,
-        "skewed_forward_kl": partial(skewed_forward_kl, skew=settings.skew),
-        "skewed_reverse_kl": partial(skewed_reverse_kl, skew=settings.skew),
-        "adaptive_kl": partial(adaptive_kl, alpha=settings.adaptive_alpha),
-    }
-    return at_temperature(inner[settings.divergence], settings.temperature, settings.teacher_temperature)
-
-
-def at_temperature(inner: Distance, temperature: float, teacher_temperature: float = 1.0) -> Distance:
-    def outer(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        value, grad = inner(student / temperature, teacher / (temperature * teacher_temperature))
-        return value, grad.div_(temperature)
-
-    return outer
 
 
 def through_softmax(probs: Tensor, slope: Tensor) -> Tensor:

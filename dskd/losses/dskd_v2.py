@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dskd.config.methods import DskdV2Config
 from dskd.losses.dual_space import DualSpace, Projected
+from dskd.losses.kernels import kernels_for
 from dskd.losses.response import alignment_metrics
 from dskd.losses.streaming import StreamedLogits, stream
 from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
@@ -121,8 +122,9 @@ class DskdV2(DualSpace[DskdV2Config]):
         """How many tokens the projected teacher predicts as the teacher does."""
         streamed = StreamedLogits(t2s.hidden.detach(), self.student.head())
         found = torch.zeros((), dtype=torch.int64, device=t2s.labels.device)
-        for rows, (logits,) in stream(range(len(t2s.labels)), self.memory_mb, streamed):
-            found += logits.argmax(-1).eq(t2s.labels[rows]).sum()
+        kernels = kernels_for(streamed.weight)
+        for rows, (projected,) in stream(range(len(t2s.labels)), self.memory_mb, kernels, streamed):
+            found += kernels.predictions(projected).eq(t2s.labels[rows]).sum()
         return int(found)
 
     @torch.no_grad()
@@ -130,8 +132,9 @@ class DskdV2(DualSpace[DskdV2Config]):
         at = self.aligned(teacher)
         predictions = torch.empty_like(at.labels)
         streamed = StreamedLogits(at.teacher, self.teacher.head())
-        for rows, (logits,) in stream(range(len(at.labels)), self.memory_mb, streamed):
-            predictions[rows] = logits.argmax(-1)
+        kernels = kernels_for(streamed.weight)
+        for rows, (own,) in stream(range(len(at.labels)), self.memory_mb, kernels, streamed):
+            predictions[rows] = kernels.predictions(own)
         return self.counts(self.projected(at, predictions))
 
 

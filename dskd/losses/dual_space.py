@@ -6,14 +6,15 @@ states come from and which token the projected teacher should predict; the loss 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dskd.config.methods import DualSpaceConfig
-from dskd.losses.cross_entropy import cross_entropy, predicts
-from dskd.losses.divergence import at_temperature, distance, forward_kl
+from dskd.losses.distances import Tempered, distance
+from dskd.losses.kernels import Scales, Terms, kernels_for
 from dskd.losses.method import Method, finish
 from dskd.losses.response import Response
 from dskd.losses.streaming import StreamedLogits, stream
@@ -51,7 +52,7 @@ class DualSpace(Method[D]):
         rate = settings.kd_rate
         self.weights = {"ce": 1 - rate, "t2s_ce": rate, "t2s_kd": rate, "s2t_kd": rate}
         self.distance = distance(settings)
-        self.s2t_distance = at_temperature(forward_kl, settings.temperature)
+        self.s2t_distance = Tempered("forward_kl", settings.temperature)
 
     def teacher_space(
         self, s2t_hidden: Tensor, teacher_hidden: Tensor, labels: Tensor, held: Tensor | None = None
@@ -64,15 +65,16 @@ class DualSpace(Method[D]):
         streamed, target = StreamedLogits(s2t_hidden, head), StreamedLogits(teacher_hidden, head)
         total, correct = torch.zeros(2, device=labels.device)
         predictions = None if held is None else torch.empty_like(labels)
-        for rows, (logits, teacher_logits) in stream(range(len(labels)), self.memory_mb, streamed, target):
-            correct += predicts(logits, labels[rows]).sum()
-            value, grad = self.s2t_distance(logits, teacher_logits)
+        kernels = kernels_for(head.weight, self.s2t_distance)
+        for rows, (projected, teacher) in stream(range(len(labels)), self.memory_mb, kernels, streamed, target):
+            wanted = Terms(labels[rows], cross_entropy=False, distance=self.s2t_distance, predictions=held is not None)
+            found, learn = kernels.measure(projected, teacher, wanted), None
+            correct += found.correct.sum()
             if held is not None and predictions is not None:
-                predictions[rows] = teacher_logits.argmax(-1)
-                learn = held[predictions[rows]].float()
-                value, grad = value.mul_(learn), grad.mul_(learn.unsqueeze(-1))
-            total += value.sum()
-            streamed.keep_gradient(logits, grad)
+                predictions[rows] = found.predictions
+                learn = held[found.predictions].float()
+            total += found.distance.sum() if learn is None else found.distance @ learn
+            found.write(Scales(learn=learn))
         return TeacherSpace(streamed, total, correct, predictions)
 
     def student_space(
@@ -84,19 +86,21 @@ class DualSpace(Method[D]):
         streamed = response.streamed
         target = StreamedLogits(t2s.hidden, head)  # the head takes no gradient from the projected states
         t2s_ce, t2s_kd, t2s_correct = torch.zeros(3, device=response.labels.device)
-        for rows, (logits, t2s_logits) in stream(range(projected), self.memory_mb, streamed, target):
-            right = t2s_logits.argmax(-1).eq(t2s.labels[rows]).float()
+        kernels = kernels_for(head.weight, self.distance)
+        for rows, (own, other) in stream(range(projected), self.memory_mb, kernels, streamed, target):
+            wanted = replace(response.terms(rows, self.distance), predictions=True, teacher_labels=t2s.labels[rows])
+            found = kernels.measure(own, other, wanted)
+            response.count_in(found)
+            right = found.predictions.eq(t2s.labels[rows]).float()
             t2s_correct += right.sum()
-            value, kd_grad = self.distance(logits, t2s_logits)
             learn = right if self.masked else torch.ones_like(right)
-            t2s_kd += value @ learn
-            grad = response.gradient(rows, logits, scales["ce"])
-            streamed.keep_gradient(logits, grad.addcmul_(kd_grad, learn.unsqueeze(-1), value=scales["t2s_kd"]))
-            value, grad = cross_entropy(t2s_logits, t2s.labels[rows])
-            t2s_ce += value.sum()
-            target.keep_gradient(t2s_logits, grad.mul_(scales["t2s_ce"]))
-        for rows, (logits,) in stream(range(projected, response.count), self.memory_mb, streamed):
-            streamed.keep_gradient(logits, response.gradient(rows, logits, scales["ce"]))
+            t2s_kd += found.distance @ learn
+            t2s_ce += found.teacher_ce.sum()
+            found.write(Scales(scales["ce"], scales["t2s_kd"], learn, scales["t2s_ce"]))
+        for rows, (own,) in stream(range(projected, response.count), self.memory_mb, kernels, streamed):
+            found = kernels.measure(own, None, response.terms(rows))
+            response.count_in(found)
+            found.write(Scales(scales["ce"]))
         sums = {"ce": response.ce, "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t.value}
         parts = {name: Sum(value, counts[name]) for name, value in sums.items()}
         metrics = {

@@ -1,9 +1,7 @@
 """Vanilla distillation: the distance between both models' distributions over one shared vocabulary."""
 
-from torch import Tensor
-
 from dskd.config.methods import KdConfig
-from dskd.losses.divergence import distance
+from dskd.losses.distances import Tempered, distance
 from dskd.losses.logit_method import LogitMethod
 from dskd.losses.tensors import MethodContext, Tokens
 
@@ -22,6 +20,6 @@ class Kd(LogitMethod[KdConfig]):
     def aligned(self, student: Tokens, teacher: Tokens) -> None:
         return None
 
-    def distance(self, logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-        width = min(logits.shape[-1], teacher_logits.shape[-1])
-        return self.divergence(logits[:, :width], teacher_logits[:, :width])
+    @property
+    def distance(self) -> Tempered:
+        return self.divergence

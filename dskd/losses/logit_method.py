@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from dskd.config.methods import TeacherMethodConfig
+from dskd.losses.distances import Distance
+from dskd.losses.kernels import Found, Scales, kernels_for
 from dskd.losses.method import Method, finish
 from dskd.losses.response import Response, alignment_metrics
 from dskd.losses.streaming import StreamedLogits, stream
@@ -15,7 +17,13 @@ L = TypeVar("L", bound=TeacherMethodConfig)
 
 
 class LogitMethod(Method[L]):
-    """Parts ce and kd, both over the student's response tokens."""
+    """Parts ce and kd, both over the student's response tokens.
+
+    Attributes:
+        distance_alone: the distance from the label, for tokens without a teacher's token; None: they have none.
+    """
+
+    distance_alone: Distance | None = None
 
     def __init__(self, settings: L, context: MethodContext) -> None:
         super().__init__(settings, context)
@@ -25,13 +33,10 @@ class LogitMethod(Method[L]):
         """[M, 2] rows of (token of the teacher, token of the student); None: they are the same."""
         raise AssertionError(f"{type(self).__name__} has no alignment")
 
-    def distance(self, logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance [n] of logits [n, V] from the teacher's, and its gradient [n, V], which may be narrower."""
+    @property
+    def distance(self) -> Distance:
+        """From the logits of the aligned token of the teacher."""
         raise AssertionError(f"{type(self).__name__} has no distance")
-
-    def distance_from_label(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The same for tokens without a teacher's token; None: they have none."""
-        return None
 
     def forward(self, student: Tokens, teacher: Tokens | None, scale_parts: ScaleParts) -> LossOutput:
         assert teacher is not None
@@ -42,20 +47,19 @@ class LogitMethod(Method[L]):
         response = Response(student, self.student.head(), self.settings.label_smoothing, first)
         streamed, target = response.streamed, StreamedLogits(target_hidden, self.teacher.head())
         scales = scale_parts(dict.fromkeys(self.weights, response.count))
+        kernels = kernels_for(streamed.weight, self.distance, self.distance_alone)
         kd = torch.zeros((), device=response.labels.device)
 
-        def keep(rows: slice, logits: Tensor, distilled: tuple[Tensor, Tensor] | None) -> None:
-            grad = response.gradient(rows, logits, scales["ce"])
-            if distilled is not None:
-                value, kd_grad = distilled
-                kd.add_(value.sum())
-                grad[:, : kd_grad.shape[-1]].add_(kd_grad, alpha=scales["kd"])
-            streamed.keep_gradient(logits, grad)
+        def take(found: Found, distance: Distance | None) -> None:
+            response.count_in(found)
+            if distance is not None:
+                kd.add_(found.distance.sum())
+            found.write(Scales(scales["ce"], scales["kd"]))
 
         aligned = len(target_hidden)
-        for rows, (logits, teacher_logits) in stream(range(aligned), self.memory_mb, streamed, target):
-            keep(rows, logits, self.distance(logits, teacher_logits))
-        for rows, (logits,) in stream(range(aligned, response.count), self.memory_mb, streamed):
-            keep(rows, logits, self.distance_from_label(logits, response.labels[rows]))
+        for rows, (own, other) in stream(range(aligned), self.memory_mb, kernels, streamed, target):
+            take(kernels.measure(own, other, response.terms(rows, self.distance)), self.distance)
+        for rows, (own,) in stream(range(aligned, response.count), self.memory_mb, kernels, streamed):
+            take(kernels.measure(own, None, response.terms(rows, self.distance_alone)), self.distance_alone)
         parts = {"ce": response.part, "kd": Sum(kd, response.count)}
         return finish(parts, scales, streamed.gradients(), {"accuracy": response.accuracy} | metrics)

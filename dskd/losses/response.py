@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dskd.losses.cross_entropy import cross_entropy, predicts
+from dskd.losses.distances import Distance
+from dskd.losses.kernels import Found, Terms
 from dskd.losses.streaming import StreamedLogits
 from dskd.losses.tensors import Head, Sum, Tokens
 
@@ -17,7 +18,7 @@ class Response:
 
     Attributes:
         labels: [N] in that order.
-        ce, correct: scalars, summed over the blocks that `gradient` has seen.
+        ce, correct: scalars, summed over the blocks that `count_in` has seen.
     """
 
     def __init__(self, student: Tokens, head: Head, smoothing: float, first: Tensor | None = None) -> None:
@@ -31,13 +32,13 @@ class Response:
         self.streamed = StreamedLogits(hidden, head, grad_head=True)
         self.ce, self.correct = torch.zeros(2, device=self.labels.device)
 
-    def gradient(self, rows: slice, logits: Tensor, scale: float) -> Tensor:
-        """Count in a block, and return its cross-entropy's gradient [n, V], times `scale`."""
-        labels = self.labels[rows]
-        self.correct += predicts(logits, labels).sum()
-        value, grad = cross_entropy(logits, labels, self.smoothing)
-        self.ce += value.sum()
-        return grad.mul_(scale)
+    def terms(self, rows: slice, distance: Distance | None = None) -> Terms:
+        """What is wanted of a block of the first tokens, or of the others."""
+        return Terms(self.labels[rows], smoothing=self.smoothing, distance=distance)
+
+    def count_in(self, found: Found) -> None:
+        self.correct += found.correct.sum()
+        self.ce += found.ce.sum()
 
     @property
     def part(self) -> Sum:

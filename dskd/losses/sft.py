@@ -1,6 +1,7 @@
 """Cross-entropy on the response: supervised fine-tuning, and the dev loss of every method."""
 
 from dskd.config.methods import SftConfig
+from dskd.losses.kernels import Scales, kernels_for
 from dskd.losses.method import Method, finish
 from dskd.losses.response import Response
 from dskd.losses.streaming import stream
@@ -17,6 +18,9 @@ class Sft(Method[SftConfig]):
     def forward(self, student: Tokens, teacher: Tokens | None, scale_parts: ScaleParts) -> LossOutput:
         response = Response(student, self.student.head(), self.settings.label_smoothing)
         streamed, scales = response.streamed, scale_parts({"ce": response.count})
-        for rows, (logits,) in stream(range(response.count), self.memory_mb, streamed):
-            streamed.keep_gradient(logits, response.gradient(rows, logits, scales["ce"]))
+        kernels = kernels_for(streamed.weight)
+        for rows, (own,) in stream(range(response.count), self.memory_mb, kernels, streamed):
+            found = kernels.measure(own, None, response.terms(rows))
+            response.count_in(found)
+            found.write(Scales(scales["ce"]))
         return finish({"ce": response.part}, scales, streamed.gradients(), {"accuracy": response.accuracy})

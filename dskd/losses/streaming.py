@@ -3,8 +3,8 @@
 The gradients of hidden states and head are computed in the forward pass, chunk by chunk, while the chunk's logits
 exist; `attach_gradients` hands them to autograd. Of size V, only the head's gradient is kept for the backward pass.
 
-The matrix products run over whole chunks. Everything between them runs over `blocks` of a chunk, a few rows that
-stay in the processor's cache, and a block's gradient is written over its logits.
+The matrix products run over whole chunks. Everything between them is `kernels`' and runs over blocks of a chunk; a
+block's gradient is written over its logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from dskd.losses.kernels import Block, Kernels, plain
 from dskd.losses.tensors import Head
-
-CHUNK_TOKENS = 512  # matrix products gain nothing from more rows
-BLOCK_CELLS = {"cpu": 2**19, "cuda": 2**25}  # logits of a block; on a CPU 2 MiB, which beats 64 MiB four times over
 
 
 class StreamedLogits:
@@ -47,42 +45,37 @@ class StreamedLogits:
         """Whether any gradient is wanted."""
         return any(grad is not None for grad in (self.grad_hidden, self.grad_weight, self.grad_bias))
 
-    def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
-        """fp32 logits [n, V] of the tokens in `rows`, written into `out` where that is given."""
-        if out is not None and out.dtype == self.weight.dtype and self.bias is None:
-            logits = torch.mm(self.hidden[rows], self.weight.T, out=out)
-        else:
-            logits = torch.nn.functional.linear(self.hidden[rows], self.weight, self.bias)
-            logits = logits.float() if out is None else out.copy_(logits)
-        if self.head.scale != 1.0:
-            logits.mul_(self.head.scale)
-        if self.head.softcap is not None:
-            logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+    def product(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        """Product [n, V] of the tokens in `rows` with the head, bias included; into `out` where that is given."""
+        hidden = self.hidden[rows]
+        if out is None or out.dtype != self.weight.dtype:
+            made = torch.nn.functional.linear(hidden, self.weight, self.bias)
+            return made if out is None else out.copy_(made)
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.T, out=out)
+        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
+
+    def logits(self, rows: slice) -> Tensor:
+        """fp32 logits [n, V] of the tokens in `rows`."""
+        logits = self.product(rows).float()
+        plain.shape(logits, self.head)
         return logits
 
-    def keep_gradient(self, logits: Tensor, grad: Tensor) -> None:
-        """Overwrite a block of logits that `stream` gave by the gradient with respect to it.
-
-        The gradient is carried through soft-cap and scale on the way; `grad` is overwritten too.
-        """
-        if self.head.softcap is not None:
-            grad.mul_(logits.div_(self.head.softcap).square_().neg_().add_(1))
-        if self.head.scale != 1.0:
-            grad.mul_(self.head.scale)
-        logits.copy_(grad)
-
     def backward(self, rows: slice, grad: Tensor) -> None:
-        """Take the gradient [n, V] of the tokens in `rows`: their logits after `keep_gradient` on all blocks."""
+        """Take the gradient [n, V] of the product of the tokens in `rows`."""
         if not self.is_trained:
             return
         if self.grad_bias is not None:
-            self.grad_bias += grad.sum(0)
+            self.grad_bias += grad.sum(0, dtype=torch.float32)
         grad = grad.to(self.weight.dtype)
         if self.grad_hidden is not None:
             torch.mm(grad, self.weight, out=self.grad_hidden[rows])
         if self.grad_weight is not None:
             if self.grad_weight.dtype == grad.dtype:
                 self.grad_weight.addmm_(grad.T, self.hidden[rows])
+            elif grad.is_cuda:  # summed up in fp32 inside of the product
+                out = self.grad_weight
+                torch.addmm(out, grad.T, self.hidden[rows], out_dtype=torch.float32, out=out)
             else:
                 self.grad_weight += grad.T @ self.hidden[rows]
 
@@ -97,28 +90,34 @@ class StreamedLogits:
         return [(t, (g if scale == 1.0 else g.mul_(scale)).to(t.dtype)) for t, g in kept]
 
 
-def stream(tokens: range, memory_mb: int, *streams: StreamedLogits) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Go over `tokens` a block at a time: the block's place, and its logits [n, V] from each of the streams.
+def stream(
+    tokens: range, memory_mb: int, kernels: Kernels, *streams: StreamedLogits
+) -> Iterator[tuple[slice, list[Block]]]:
+    """Go over `tokens` a block at a time: the block's place, and its logits from each of the streams.
 
-    Before the next block is asked for, `keep_gradient` has to be called for each stream that wants gradients.
+    Before the next block is asked for, the gradient has to be written over the logits of each stream that wants one.
     """
-    widths = [len(each.weight) for each in streams]
-    size = chunk_size(len(tokens), memory_mb, widths)
-    buffers = [torch.empty(size, width, device=s.hidden.device) for s, width in zip(streams, widths, strict=True)]
-    step = max(1, BLOCK_CELLS[streams[0].hidden.device.type] // max(widths))
+    one = [kernels.buffer(1, each.weight) for each in streams]
+    row_bytes = sum(each.stride(0) * each.itemsize for each in one)
+    size = chunk_size(len(tokens), memory_mb, row_bytes, kernels.chunk_tokens())
+    buffers = [kernels.buffer(size, each.weight) for each in streams]
+    step = kernels.block_tokens(streams[0].hidden.device, max(each.shape[1] for each in buffers))
     for start in range(tokens.start, tokens.stop, size):
         rows = slice(start, min(start + size, tokens.stop))
-        made = [s.logits(rows, b[: rows.stop - start]) for s, b in zip(streams, buffers, strict=True)]
+        made = [s.product(rows, b[: rows.stop - start]) for s, b in zip(streams, buffers, strict=True)]
+        for each, chunk in zip(streams, made, strict=True):
+            kernels.shape(chunk, each.head)
         for first in range(start, rows.stop, step):
             block = slice(first, min(first + step, rows.stop))
-            yield block, [chunk[block.start - start : block.stop - start] for chunk in made]
+            inside = slice(block.start - start, block.stop - start)
+            yield block, [Block(c[inside], s.head, s.is_trained) for s, c in zip(streams, made, strict=True)]
         for each, chunk in zip(streams, made, strict=True):
             each.backward(rows, chunk)
 
 
-def chunk_size(tokens: int, memory_mb: int, widths: Sequence[int]) -> int:
-    """Tokens at a time such that their fp32 logits of all `widths` fit into `memory_mb`."""
-    return max(1, min(tokens, CHUNK_TOKENS, memory_mb * 2**20 // (4 * sum(widths))))
+def chunk_size(tokens: int, memory_mb: int, row_bytes: int, most: int) -> int:
+    """Tokens at a time, at most `most`, such that their logits, `row_bytes` for each, fit into `memory_mb`."""
+    return max(1, min(tokens, most, memory_mb * 2**20 // row_bytes))
 
 
 def attach_gradients(loss: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -16,7 +16,7 @@ from dskd.config.methods import MethodConfig
 from dskd.config.training import TrainConfig
 from dskd.data.batch import Side
 from dskd.losses import METHODS
-from dskd.losses.cross_entropy import cross_entropy
+from dskd.losses.kernels import Scales, Terms, kernels_for
 from dskd.losses.method import Method, finish
 from dskd.losses.streaming import StreamedLogits, stream
 from dskd.losses.tensors import Sum
@@ -191,10 +191,11 @@ def test_a_method_is_added_from_outside(make_run, tmp_path, ranks, monkeypatch):
             count, total = len(student.labels), torch.zeros(())
             scales = scale_parts({"ce": count})
             streamed = StreamedLogits(student.hidden, self.student.head(), grad_head=True)
-            for rows, (logits,) in stream(range(count), self.memory_mb, streamed):
-                value, grad = cross_entropy(logits, student.labels[rows])
-                total += value.sum()
-                streamed.keep_gradient(logits, grad * scales["ce"])
+            kernels = kernels_for(streamed.weight)
+            for rows, (own,) in stream(range(count), self.memory_mb, kernels, streamed):
+                found = kernels.measure(own, None, Terms(student.labels[rows]))
+                total += found.ce.sum()
+                found.write(Scales(ce=scales["ce"]))
             return finish({"ce": Sum(total, count)}, scales, streamed.gradients(), {})
 
     monkeypatch.setitem(METHODS, "toy", Toy)

@@ -21,7 +21,7 @@ from dskd.config.methods import (
     KdConfig,
     UldConfig,
 )
-from dskd.losses.divergence import distance
+from dskd.losses.distances import distance
 from dskd.losses.dskd import Dskd
 from dskd.losses.dskd_cma import DskdCma
 from dskd.losses.dskd_v2 import DskdV2

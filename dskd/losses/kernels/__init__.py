@@ -1,1 +1,87 @@
-"""What a device does in a way of its own; each function chooses by the device of its tensors."""
+"""Losses over a block of logits, by device: one table of who computes them.
+
+`plain` is torch code over fp32 logits in blocks that stay in a processor's cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from dskd.losses.distances import Distance
+from dskd.losses.tensors import Head
+
+
+class Block(NamedTuple):
+    """Logits of some tokens through one head, on their way to a loss."""
+
+    logits: Tensor  # [n, V] as `Kernels.shape` left them; the gradient of the product is written over them
+    head: Head
+    trained: bool  # whether a gradient is wanted
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is wanted of a block of the student's logits, and of the teacher's beside it."""
+
+    labels: Tensor  # [n]
+    cross_entropy: bool = True  # False: only whether the labels are predicted
+    smoothing: float = 0.0
+    distance: Distance | None = None
+    predictions: bool = False  # what the teacher's side predicts, the first of equals
+    teacher_labels: Tensor | None = None  # [n], for the cross-entropy of the teacher's side
+
+
+class Scales(NamedTuple):
+    """What the gradient of each term is multiplied with."""
+
+    ce: float = 0.0
+    distance: float = 1.0
+    learn: Tensor | None = None  # [n], weighs the distance of each token too
+    teacher_ce: float = 0.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `measure` found, [n] each, where it was asked for; [0] elsewhere."""
+
+    correct: Tensor
+    ce: Tensor
+    distance: Tensor
+    predictions: Tensor
+    teacher_ce: Tensor
+    write: Callable[[Scales], None]
+    """Writes the gradient of all terms over the logits of both sides; called once, and last."""
+
+
+class Kernels(Protocol):
+    def chunk_tokens(self) -> int:
+        """Tokens from which on a matrix product gains nothing from more."""
+
+    def block_tokens(self, device: torch.device, width: int) -> int:
+        """Tokens of a block, for logits of this width."""
+
+    def buffer(self, tokens: int, weight: Tensor) -> Tensor:
+        """Room for logits [tokens, V] through a head [V, D]."""
+
+    def shape(self, logits: Tensor, head: Head) -> None:
+        """Make what comes between product and logits, in place, where it is made before `measure`."""
+
+    def predictions(self, block: Block) -> Tensor:
+        """The largest logit's column, the first of equals, [n]."""
+
+    def measure(self, student: Block, teacher: Block | None, terms: Terms) -> Found: ...
+
+
+def kernels_for(weight: Tensor, *distances: Distance | None) -> Kernels:
+    """Who computes losses of logits through this head, [V, D], with these distances."""
+    return load("plain")
+
+
+@cache
+def load(name: str) -> Kernels:
+    return cast(Kernels, import_module(f"{__name__}.{name}"))
