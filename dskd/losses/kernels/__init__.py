@@ -1,12 +1,15 @@
 """Losses over a block of logits, by device: one table of who computes them.
 
-`plain` is torch code over fp32 logits in blocks that stay in a processor's cache.
+`plain` is torch code over fp32 logits in blocks that stay in a processor's cache. `fused` is Triton code over logits in
+the type of the product: one pass reads both sides' logits for everything that is wanted of them, a second writes the
+gradient over them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 
 from dskd.losses.distances import Distance
 from dskd.losses.tensors import Head
+
+FUSED = ("cuda",)  # types of devices; wherever Triton is missing, all is plain
 
 
 class Block(NamedTuple):
@@ -79,9 +84,18 @@ class Kernels(Protocol):
 
 def kernels_for(weight: Tensor, *distances: Distance | None) -> Kernels:
     """Who computes losses of logits through this head, [V, D], with these distances."""
+    fused = load("fused") if weight.device.type in FUSED and has_triton() else None
+    if fused is not None and all(fused.computes(each, weight.dtype) for each in distances):  # type: ignore[attr-defined]
+        return fused
     return load("plain")
 
 
 @cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
 def load(name: str) -> Kernels:
+    """Triton is imported only where it is used."""
     return cast(Kernels, import_module(f"{__name__}.{name}"))
