@@ -14,7 +14,7 @@ from dskd.config.methods import DskdV2Config
 from dskd.losses.dual_space import DualSpace, Projected
 from dskd.losses.kernels import kernels_for
 from dskd.losses.response import alignment_metrics
-from dskd.losses.streaming import StreamedLogits, stream
+from dskd.losses.streaming import StreamedLogits, add_product, stream
 from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
 
 ROWS = 2**14  # rows of a head that are copied to a wider type at a time
@@ -142,7 +142,10 @@ def cross_product(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Te
     """left[left_rows].T @ right[right_rows], [d, D], in `dtype`."""
     total = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=right.device)
     for a, b in zip(torch.split(left_rows, ROWS), torch.split(right_rows, ROWS), strict=True):
-        total.addmm_(left[a.to(left.device)].to(right.device, dtype).T, right[b.to(right.device)].to(dtype))
+        one, other = left[a.to(left.device)].to(right.device), right[b.to(right.device)]
+        if not (total.is_cuda and dtype == torch.float32 and one.dtype == other.dtype):
+            one, other = one.to(dtype), other.to(dtype)
+        add_product(total, one.T, other)  # bf16 as it is where the sum is in fp32 all the same
     return total
 
 

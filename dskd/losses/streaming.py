@@ -71,13 +71,7 @@ class StreamedLogits:
         if self.grad_hidden is not None:
             torch.mm(grad, self.weight, out=self.grad_hidden[rows])
         if self.grad_weight is not None:
-            if self.grad_weight.dtype == grad.dtype:
-                self.grad_weight.addmm_(grad.T, self.hidden[rows])
-            elif grad.is_cuda:  # summed up in fp32 inside of the product
-                out = self.grad_weight
-                torch.addmm(out, grad.T, self.hidden[rows], out_dtype=torch.float32, out=out)
-            else:
-                self.grad_weight += grad.T @ self.hidden[rows]
+            add_product(self.grad_weight, grad.T, self.hidden[rows])
 
     def gradients(self, scale: float = 1.0) -> list[tuple[Tensor, Tensor]]:
         """(tensor, gradient times scale) pairs for `attach_gradients`."""
@@ -118,6 +112,16 @@ def stream(
 def chunk_size(tokens: int, memory_mb: int, row_bytes: int, most: int) -> int:
     """Tokens at a time, at most `most`, such that their logits, `row_bytes` for each, fit into `memory_mb`."""
     return max(1, min(tokens, most, memory_mb * 2**20 // row_bytes))
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in the type of `total`, which may be fp32 beside bf16."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda and total.dtype == torch.float32:  # inside of the product
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
 
 
 def attach_gradients(loss: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -153,8 +153,8 @@ MUTANTS = (
     Mutant(
         "the head's gradient of the last chunk alone",
         "dskd/losses/streaming.py",
-        "self.grad_weight.addmm_(grad.T, self.hidden[rows])",
-        "self.grad_weight.copy_(grad.T @ self.hidden[rows])",
+        "total.addmm_(left, right)",
+        "total.copy_(left @ right)",
         f"{STREAMING}::test_streamed_is_dense[sft]",
     ),
     Mutant(
