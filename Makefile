@@ -6,6 +6,7 @@
 # make test-slurm   tests on a real Slurm cluster on this machine; needs root on Debian or Ubuntu
 # make soak         runs under random kills, failing disk calls and damaged files: KILLS=1000 DISK=200 DAMAGES=300 SEED=1
 # make bench        losses, a step, alignments, saving, a teacher's cache, memory: against plain forms or forecasts; an hour
+# make bench-gpu    loss heads on a GPU against their matrix products; needs one
 # make fuzz         everything that is read, with inputs that nobody would write: N=10000 SEED=1
 # make mutants      mistakes made on purpose in a copy, each of which a test must notice; a quarter of an hour
 # All set up what they need in .venv on their first run; make image needs docker alone.
@@ -23,7 +24,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DOCKER ?= docker
 PIP_INSTALL = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt
 
-.PHONY: quickstart test test-faults test-slurm soak bench fuzz mutants lint setup image test-image clean
+.PHONY: quickstart test test-faults test-slurm soak bench bench-gpu fuzz mutants lint setup image test-image clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -42,6 +43,9 @@ soak: $(VENV)/ready
 
 bench: $(VENV)/ready
 	PYTHONPATH=tests $(VENV)/bin/python -m bench
+
+bench-gpu: $(VENV)/ready
+	PYTHONPATH=tests $(VENV)/bin/python -m bench.gpu
 
 fuzz: $(VENV)/ready
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz --count $(N) --seed $(SEED)

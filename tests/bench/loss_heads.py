@@ -7,6 +7,7 @@ over response tokens.
 
 import json
 import sys
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -21,7 +22,6 @@ from dskd.losses import METHODS
 from dskd.losses.method import Method
 from dskd.losses.tensors import MethodContext, Tokens
 
-STUDENT, TEACHER, SAME_VOCABULARY_TEACHER = (50257, 768), (151936, 2048), (50257, 1600)
 SAMPLES, LENGTH, RESPONSE = 4, 512, (127, 128, 128, 127)
 SPREAD = 0.02  # of the weights, as models are initialised
 REPEATS = 3
@@ -32,28 +32,46 @@ DUAL_SPACE = {"student": (2, 2, 1), "teacher": (2, 1, 0)}
 PRODUCTS = {"sft": {"student": (1, 1, 1)}, "kd": LOGITS, "uld": LOGITS, "mined": LOGITS}
 
 
-def make(kind: str) -> tuple[Method, Weights, Weights, Tokens, Tokens]:
-    """Teacher and student heads agree where they can: a mask over predictions leaves all tokens in."""
+@dataclass(frozen=True)
+class Sizes:
+    """Weights [V, D] of both heads, and the response tokens of each sample."""
+
+    student: tuple[int, int]
+    teacher: tuple[int, int]
+    lengths: tuple[int, ...]
+
+
+ONE_VOCABULARY = Sizes((50257, 768), (50257, 1600), RESPONSE)
+TWO_VOCABULARIES = Sizes((50257, 768), (151936, 2048), RESPONSE)
+
+
+def sizes_for(kind: str) -> Sizes:
+    return ONE_VOCABULARY if MethodConfig.kinds[kind].teacher == "same_vocabulary" else TWO_VOCABULARIES
+
+
+def make(
+    kind: str, sizes: Sizes, memory_mb: int = EngineConfig().loss_memory_mb, dtype: torch.dtype = torch.float32
+) -> tuple[Method, Weights, Weights, Tokens, Tokens]:
+    """On torch's default device. Both heads agree where they can: a mask over predictions leaves all tokens in."""
     config = MethodConfig.kinds[kind]
-    shared = config.teacher == "same_vocabulary"
-    vocabulary, d = STUDENT
-    teacher_vocabulary, wide = SAME_VOCABULARY_TEACHER if shared else TEACHER
-    student = Weights(SPREAD * torch.randn(STUDENT), (SPREAD * torch.randn(STUDENT)).requires_grad_())
-    weight = SPREAD * torch.randn(teacher_vocabulary, wide)
-    weight[:vocabulary, :d] = student.weight.detach()
+    (vocabulary, d), (teacher_vocabulary, wide) = sizes.student, sizes.teacher
+    embeddings, head = (SPREAD * torch.randn(sizes.student, dtype=dtype) for _ in range(2))
+    student = Weights(embeddings, head.requires_grad_())
+    weight = SPREAD * torch.randn(teacher_vocabulary, wide, dtype=dtype)
+    shared = min(vocabulary, teacher_vocabulary)
+    weight[:shared, :d] = student.weight.detach()[:shared]
     teacher = Weights(weight, weight)
-    labels, inputs = torch.randint(vocabulary, (2, sum(RESPONSE)))
-    hidden = 50 * student.weight.detach()[labels] + torch.randn(len(labels), d)
-    teacher_hidden = 50 * weight[labels] + torch.randn(len(labels), wide)
-    own = Tokens(hidden.requires_grad_(), inputs, labels, RESPONSE)
-    other = Tokens(teacher_hidden, inputs, labels, RESPONSE)
+    labels, inputs = torch.randint(shared, (2, sum(sizes.lengths)))
+    hidden = 50 * student.weight.detach()[labels] + torch.randn(len(labels), d, dtype=dtype)
+    teacher_hidden = 50 * weight[labels] + torch.randn(len(labels), wide, dtype=dtype)
+    own = Tokens(hidden.requires_grad_(), inputs, labels, sizes.lengths)
+    other = Tokens(teacher_hidden, inputs, labels, sizes.lengths)
     student_ids = None
     if config.alignment != "none":
         student_ids = torch.arange(teacher_vocabulary)
-        student_ids[vocabulary:] = -1
+        student_ids[vocabulary:] = -1  # none where the student's is the wider one
         other = other._replace(pairs=torch.arange(len(labels)).repeat(2, 1).T)
-    settings = config()
-    method = METHODS[kind](settings, MethodContext(student, teacher, EngineConfig().loss_memory_mb, student_ids))
+    method = METHODS[kind](config(), MethodContext(student, teacher, memory_mb, student_ids)).to(dtype)
     return method, student, teacher, own, other
 
 
@@ -103,7 +121,7 @@ def floor_seconds(kind: str, method: Method, student: Weights, teacher: Weights,
 
 def main(kind: str, form: str) -> None:
     one_thread()
-    method, student, teacher, own, other = make(kind)
+    method, student, teacher, own, other = make(kind, sizes_for(kind))
     if form == "dense":
         own, other = padded(own), padded(other)
         print(json.dumps(measured(partial(dense_step, method, student, teacher, own, other))))
