@@ -28,17 +28,18 @@ ALIGNED = [["tt.divisibility", 16]]
 
 
 def source(kernel, arguments):
-    """As Triton specializes a launch: tensors and whole multiples of 16 are known to be aligned."""
+    """As Triton specializes a launch: a 1 is a constant; tensors and whole multiples of 16 are known to be aligned."""
+    assert set(arguments) == {parameter.name for parameter in kernel.params}  # the interpreter ignores what it lacks
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[index,] = TYPES[value.dtype], ALIGNED
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
+            if type(value) is int and value % 16 == 0:
                 attributes[index,] = ALIGNED
     return ASTSource(kernel, signature, constants, attributes)
 
