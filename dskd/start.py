@@ -42,7 +42,7 @@ def start_training(run: RunConfig, force: bool) -> None:
         from dskd.engine import distributed
         from dskd.train import train
 
-        train(run, distributed.start(flags), force)
+        train(run, distributed.start(flags, longest(run.train)), force)
         distributed.stop()
 
     def how() -> str:
@@ -63,7 +63,7 @@ def start_caching(run: RunConfig, shard: Shard) -> None:
         from dskd.engine import distributed
         from dskd.teachers.cache.write import write_cache
 
-        write_cache(run, shard, distributed.start(flags))
+        write_cache(run, shard, distributed.start(flags, longest(run.train)))
         distributed.stop()
 
     as_rank(run.train, work, lambda: "go on with the same command")
@@ -77,6 +77,11 @@ def check_before(run: RunConfig) -> None:
     check_folders(run)
     check_records(run.data.train)
     check_records(run.data.dev)
+
+
+def longest(times: TrainConfig) -> float:
+    """The minutes that one rank may keep the others waiting."""
+    return max(times.start_minutes, times.stall_minutes, times.save_minutes)
 
 
 def tell_ignored_nodes(run: RunConfig) -> None:

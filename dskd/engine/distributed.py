@@ -19,8 +19,8 @@ from dskd.config.errors import UserError
 from dskd.engine import rendezvous
 from dskd.engine.preemption import Decision, Flags, Stopped
 
-COLLECTIVE = timedelta(hours=2)
-"""Longer than any save or evaluation that the others wait for; the watchdog knows better what hangs."""
+LONGEST_MINUTES = 60.0
+"""Of what the others may have to wait for where nothing else is said, such as one that saves."""
 
 if not torch.cuda.is_available():
     # DeepSpeed reads this when it is first imported, and warns where it has to guess.
@@ -35,6 +35,8 @@ class Ranks:
     world_size: int
     device: torch.device
     flags: Flags = field(default_factory=Flags)
+    timeout: timedelta = timedelta(minutes=2 * LONGEST_MINUTES)
+    """Of collectives."""
 
     @property
     def is_main(self) -> bool:
@@ -110,10 +112,11 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def start(flags: Flags | None = None) -> Ranks:
+def start(flags: Flags | None = None, minutes: float = LONGEST_MINUTES) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and DSKD_SECRET name.
 
-    NCCL with GPUs, gloo without.
+    NCCL with GPUs, gloo without. Collectives wait for twice as long as a rank may be busy, `minutes`: the watchdog,
+    which knows what it is busy with, comes first.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
@@ -131,10 +134,11 @@ def start(flags: Flags | None = None) -> Ranks:
     rendezvous.stay_on_loopback()
     store = rendezvous.make_store(rank, world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE)
+    ranks = Ranks(rank, world_size, device, flags or Flags(), timedelta(minutes=2 * minutes))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=ranks.timeout)
     rendezvous.prove(rank, world_size, store, device)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-    return Ranks(rank, world_size, device, flags or Flags())
+    return ranks
 
 
 def stop() -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from dskd.config.errors import UserError
 from dskd.config.models import TeacherConfig
 from dskd.data.batch import Batch, Side
-from dskd.engine.distributed import COLLECTIVE, Ranks
+from dskd.engine.distributed import Ranks
 from dskd.losses.tensors import Head, Model
 from dskd.models.load import loading
 from dskd.models.views import ModelEnds, ModelView, check_view, check_vocabulary
@@ -161,7 +161,7 @@ def mesh_of(shard_group: str, ranks: Ranks) -> DeviceMesh:
     group = dist.group.WORLD
     if shard_group == "node":
         for node in ranks.nodes():
-            made = dist.new_group(list(node), timeout=COLLECTIVE)
+            made = dist.new_group(list(node), timeout=ranks.timeout)
             group = made if ranks.rank in node else group
     assert group is not None
     return DeviceMesh.from_group(group, ranks.device.type)

@@ -1,14 +1,17 @@
 """What ranks decide together: one that wants something is enough, and one that fails is heard by all."""
 
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dskd.config.errors import UserError
+from dskd.config.training import TrainConfig
 from dskd.engine.distributed import Ranks
 from dskd.engine.preemption import Decision, Flags, Stopped
+from dskd.start import longest
 
 WISHES = ("stop", "save", "busy")
 
@@ -71,3 +74,10 @@ def test_a_mistake_that_a_rank_finds_is_told_by_all(ranks):
     with pytest.raises(UserError, match=r"^train\.lr: no$"):
         ranks.together(fail)
     assert ranks.together(lambda: 7) == [7]
+
+
+def test_collectives_outlast_whatever_a_rank_may_be_busy_with(ranks):
+    """Such as saving, with which one keeps the others waiting."""
+    group = dist.group.WORLD._get_backend(torch.device("cpu"))
+    assert group.options._timeout == ranks.timeout == timedelta(minutes=2 * TrainConfig().save_minutes)
+    assert longest(TrainConfig(save_minutes=300.0)) == 300.0
