@@ -1,4 +1,7 @@
-"""The run files that come with dskd: jobs/, one YAML a run; those that begin with _ are only there to be extended."""
+"""The run files that come with dskd: jobs/, one YAML a run; those that begin with _ are only there to be extended.
+
+A pipeline that chains some of them may lie beside; it is no run.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +34,15 @@ def find_recipes(folder: Path | None = None) -> list[Recipe]:
     """All recipes under `folder`, by name. Raises `UserError` where it holds none or one cannot be read."""
     root = folder or recipes_folder()
     files = sorted(f for f in root.rglob("*.yaml") if not f.name.startswith("_"))
-    if not files:
+    found = [(file, read_layers(file)[0]) for file in files]
+    runs = [recipe(file, values) for file, values in found if "stages" not in values]
+    if not runs:
         raise UserError(f"recipes: no run files (*.yaml) under {root}")
-    return [recipe(file) for file in files]
+    return runs
 
 
-def recipe(file: Path) -> Recipe:
-    values, _ = read_layers(file)
+def recipe(file: Path, values: dict[str, Any]) -> Recipe:
+    """A run file as a listing shows it; `values` are what it says, with what it extends."""
     here = Path.cwd()
     return Recipe(
         file=file.relative_to(here) if file.is_relative_to(here) else file,

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from support.published import GPT2_XL, QWEN_1_5B, QWEN_72B, TINYLLAMA
 
-from dskd.config.load import load_run, override, read_yaml
+from dskd.config.load import load, load_run, override, read_yaml
 from dskd.config.methods import MethodConfig
 from dskd.config.models import LoraConfig
+from dskd.config.pipeline import PipelineConfig
 from dskd.config.recipes import find_recipes, recipes_folder
 from dskd.config.run import RunConfig, accumulation_steps
 from dskd.plan.advice import judge
@@ -25,7 +26,9 @@ CONFIGS = {
     "gpt2-xl": GPT2_XL,
 }
 JOBS = recipes_folder()
-NAMES = [str(file.relative_to(JOBS).with_suffix("")) for file in sorted(JOBS.rglob("[!_]*.yaml"))]
+PIPELINE = JOBS / "qwen/pipeline.yaml"
+RUNS = [file for file in sorted(JOBS.rglob("[!_]*.yaml")) if file != PIPELINE]
+NAMES = [str(file.relative_to(JOBS).with_suffix("")) for file in RUNS]
 PAPER = [name for name in NAMES if not name.startswith(("quickstart/", "qwen/"))]
 LARGE = [name for name in NAMES if name.startswith("qwen/")]
 
@@ -74,26 +77,26 @@ PUBLISHED = [
 ]
 
 
-def load(name: str) -> RunConfig:
+def run_of(name: str) -> RunConfig:
     return load_run(JOBS / f"{name}.yaml")
 
 
 def test_each_training_script_of_the_original_has_its_recipe():
-    runs = {name: load(name) for name in PAPER}
+    runs = {name: run_of(name) for name in PAPER}
     told = {name: (r.method.kind, r.student.path.name, r.teacher and r.teacher.path.name) for name, r in runs.items()}
     assert told == ORIGINAL
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_published_settings(name):
-    run = load(name)
+    run = run_of(name)
     expected = {key: value for pattern, rows in PUBLISHED if fnmatch(name, pattern) for key, value in rows.items()}
     assert {key: reduce(getattr, key.split("."), run) for key in expected} == expected
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_global_batch_divides_on_one_machine(name):
-    run = load(name)
+    run = run_of(name)
     one, *more = [accumulation_steps(run, gpus) for gpus in (1, 2, 4, 8)]
     assert more == [one // 2, one // 4, one // 8]
 
@@ -101,7 +104,7 @@ def test_the_global_batch_divides_on_one_machine(name):
 @pytest.mark.parametrize("name", LARGE)
 def test_a_teacher_of_72b_fits_on_the_nodes_that_its_recipe_asks_for(name, tmp_path):
     """Of 8 GPUs of 80 GB; the models' configurations alone are there."""
-    run = load(name)
+    run = run_of(name)
     assert run.teacher is not None
     assert run.teacher.path.name == "qwen2.5-72b"
     for folder, config in CONFIGS.items():
@@ -115,6 +118,23 @@ def test_a_teacher_of_72b_fits_on_the_nodes_that_its_recipe_asks_for(name, tmp_p
     assert not whole.fits
 
 
+def test_the_pipeline_makes_the_states_that_its_trainings_read():
+    stages = load(PIPELINE, PipelineConfig).stages
+    runs = {
+        name: load_run(PIPELINE.parent / (stage.cache or stage.run or ""))
+        for name, stage in stages.items()
+        if stage.evaluate is None
+    }
+    (maker,) = (name for name, stage in stages.items() if stage.cache)
+    for name, stage in stages.items():
+        if stage.run is not None:
+            reads = runs[name].teacher.backend == "cache"
+            assert stage.after == ((maker,) if reads else ())
+            assert runs[name].teacher.path == runs[maker].teacher.path
+    evaluated = {stage.evaluate for stage in stages.values() if stage.evaluate}
+    assert evaluated == {name for name, stage in stages.items() if stage.run}
+
+
 @pytest.mark.parametrize("file", sorted(JOBS.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_no_base_holds_a_method_setting_that_no_kind_knows(file):
     """A kind takes those of a base's method settings that it knows, so a slip there would go unseen."""
@@ -125,7 +145,7 @@ def test_no_base_holds_a_method_setting_that_no_kind_knows(file):
 def test_what_a_listing_shows():
     recipes = find_recipes()
     for shown, name in zip(recipes, NAMES, strict=True):
-        run = load(name)
+        run = run_of(name)
         assert shown.file.resolve() == JOBS / f"{name}.yaml"
         assert (shown.method, shown.student) == (run.method.kind, run.student.path.name)
         assert shown.teacher == (run.teacher.path.name if run.teacher else "")
