@@ -52,9 +52,11 @@ def start_training(run: RunConfig, force: bool) -> None:
     as_rank(run.train, work, how)
 
 
-def start_caching(run: RunConfig, shard: Shard) -> None:
+def start_caching(run: RunConfig, shard: Shard, output: Path | None) -> None:
     """Write a shard of the teacher's cache, on as many ranks as `start_training` would train on."""
     check_before(run)
+    if output is not None:
+        check_folder("--output", output)
     if "RANK" not in os.environ:
         tell_ignored_nodes(run)
         start_ranks(run.launch.processes or gpus())
@@ -63,7 +65,7 @@ def start_caching(run: RunConfig, shard: Shard) -> None:
         from dskd.engine import distributed
         from dskd.teachers.cache.write import write_cache
 
-        write_cache(run, shard, distributed.start(flags, longest(run.train)))
+        write_cache(run, shard, distributed.start(flags, longest(run.train)), output)
         distributed.stop()
 
     as_rank(run.train, work, lambda: "go on with the same command")

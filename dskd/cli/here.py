@@ -121,6 +121,9 @@ def cache(
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Of N tasks that may run at a time, the share of task I, from 0.")
     ] = "0/1",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for shard.json, which tells how much of the share is made.")
+    ] = None,
 ) -> None:
     """Run the teacher once over the training records, and keep its hidden states for teacher.backend=cache.
 
@@ -131,7 +134,7 @@ def cache(
     from dskd.start import start_caching
     from dskd.teachers.cache.shard import Shard
 
-    start_caching(load_run(run_file, overrides or []), Shard.parse(shard))
+    start_caching(load_run(run_file, overrides or []), Shard.parse(shard), output)
 
 
 def settings(

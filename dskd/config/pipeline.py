@@ -30,8 +30,7 @@ class StageConfig:
     student: str | None = None
     """Stage whose best model the student starts from."""
     cache: str | None = None
-    """Run file whose teacher is run once, for teacher.backend=cache, instead of run. It always runs, and makes what is
-    missing."""
+    """Run file whose teacher is run once, for teacher.backend=cache, instead of run."""
     shards: int = 1
     """So many jobs divide the records of a cache."""
     evaluate: str | None = None

@@ -55,7 +55,7 @@ def finish(jobs: Jobs, code: int) -> int:
     """Write the end of a start down, requeue the job where it helps; the batch script's exit code."""
     job, start = submitted(jobs), jobs.starts()[-1]
     if jobs.is_cancelled() and not is_complete(jobs.directory):  # the request may come with the last step
-        jobs.end_start(start.number, "cancelled", f"cancelled; state at step {jobs.state_step()}")
+        jobs.end_start(start.number, "cancelled", f"cancelled; {jobs.kept()}")
         slurm.cancel(slurm_id())
         return code
     ending = jobs.ending() or Ending(False, f"srun ended with {code}")
@@ -92,7 +92,7 @@ def why_not_again(jobs: Jobs, job: Job, reason: str) -> str | None:
     stuck = [s for s in before[-1:] if s.job == now.job and s.state == now.state and s.outcome == "again"]
     if reason != PREEMPTED and jobs.state() == now.state and any(s.reason != PREEMPTED for s in stuck):
         hint = "; a longer launch.hours may help" if reason == "time limit" else ""
-        return f"{reason}; two starts in a row made no progress after step {now.step}{hint}"
+        return f"{reason}; two starts in a row made no progress: {jobs.kept()}{hint}"
     return None
 
 

@@ -23,6 +23,7 @@ from dskd.launch.submit import submission_text, submit
 from dskd.rundir.jobs import Jobs
 from dskd.rundir.layout import RunDirectory
 from dskd.rundir.read import is_complete
+from dskd.rundir.shard import read_shard, settings_sum
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Stage:
     @property
     def open(self) -> tuple[Request, ...]:
         """What is not complete yet."""
-        return tuple(request for request in self.requests if not is_complete(RunDirectory(request.directory)))
+        return tuple(request for request in self.requests if not is_done(request))
 
     @property
     def best(self) -> Path:
@@ -54,6 +55,14 @@ class Stage:
     def base(self) -> Path | None:
         """The model that `best` belongs to where it is, or will be, an adapter."""
         return self.run.student.path if self.run and self.run.student.lora else base_of(self.best)
+
+
+def is_done(request: Request) -> bool:
+    """Whether a job is complete. A shard of a cache is so only as long as its run file is the same."""
+    directory = RunDirectory(request.directory)
+    shard = read_shard(directory)
+    same = shard is None or shard.settings == settings_sum(request.settings or "")
+    return same and is_complete(directory)
 
 
 def read_pipeline(file: Path, cluster: ClusterConfig) -> list[Stage]:

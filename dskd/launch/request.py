@@ -69,7 +69,8 @@ def cache_request(
     """The job that makes one shard of the cache of a run's teacher; see `train_request`."""
     check_paths(run, coming)
     mounts, directory = run_mounts(run), RunDirectory(run.directory / f"shard{shard}-of-{shards}")
-    arguments = ("teacher", "cache", str(directory.job.settings), "--shard", f"{shard}/{shards}")
+    which = ("--shard", f"{shard}/{shards}", "--output", str(directory.path))
+    arguments = ("teacher", "cache", str(directory.job.settings), *which)
     request = Request(
         directory=directory.path,
         name=f"{run.directory.name}-{shard}",

@@ -21,6 +21,7 @@ from dskd.rundir.read import (
     read_train_state,
     require_run,
 )
+from dskd.rundir.shard import ShardProgress, read_shard
 from dskd.rundir.train_state import SavedModel, TrainState
 
 RECENT_STEPS = 20
@@ -53,6 +54,8 @@ class Status:
     """Of a finished evaluation."""
     best: SavedModel | None = None
     """The best model by the last complete state."""
+    shard: ShardProgress | None = None
+    """Of a shard of a teacher's cache, which has no steps."""
 
 
 def runs_under(root: Path) -> list[Path]:
@@ -179,6 +182,7 @@ def status_of(one: Submitted, queued: dict[str, slurm.QueueEntry], ended: dict[s
         state_step=saved,
         rougel=rougel,
         best=best,
+        shard=read_shard(jobs.directory),
     )
 
 
@@ -216,7 +220,7 @@ def after_the_queue(jobs: Jobs, job: Job, own: Sequence[Start], entry: slurm.Que
     if not own:
         return state, word + (f": {entry.reason}" if entry.reason else ""), entry.nodes
     hint = "" if word != "TIMEOUT" else "; it did not stop in time: a longer signal_seconds may help"
-    return state, f"{word}{hint}; state at step {jobs.state_step()}", entry.nodes
+    return state, f"{word}{hint}; {jobs.kept()}", entry.nodes
 
 
 def first_words(jobs: Jobs) -> str | None:

@@ -92,6 +92,8 @@ def resubmit(directory: Path, overrides: Sequence[str], force: bool) -> None:
     job = require_job(jobs)
     started = jobs.directory.settings.is_file()
     run = override(read_run(directory) if started else load_run(jobs.folder.settings), overrides)
+    if not started and run.directory != jobs.directory.path:
+        raise UserError(f"{directory}: is a shard of a teacher's cache; `dskd pipeline` called again goes on with it")
     if is_complete(jobs.directory) and not overrides:
         raise UserError(f"{directory}: this run is finished already")
     cluster = load(jobs.folder.cluster, ClusterConfig)
@@ -152,9 +154,11 @@ def format_status(status: Status) -> str:
 
 
 def figures(status: Status) -> list[str]:
-    """How far a run is, or the score of an evaluation, which has no steps."""
+    """How far a run or a shard of a cache is, or the score of an evaluation, which has no steps."""
     if status.rougel is not None:
         return [f"ROUGE-L {status.rougel:.2f}"]
+    if status.shard is not None:
+        return [str(status.shard)]
     of = f"/{status.total_steps}" if status.total_steps else ""
     found = [f"step {status.step}{of}"]
     if status.tokens_per_second is not None:

@@ -13,6 +13,7 @@ from dskd.config.errors import UserError
 from dskd.rundir.files import append_json, private_folder, read_json, read_json_lines, write_text
 from dskd.rundir.layout import JobFolder, RunDirectory, StateName
 from dskd.rundir.read import newest_state
+from dskd.rundir.shard import read_shard
 
 Outcome = Literal["finished", "failed", "cancelled", "again", "lost", "running"]
 LOST = "stopped by Slurm: a lost node, the end of a limit, or by hand"
@@ -46,7 +47,7 @@ class Start:
     time: float
     nodes: str
     state: str
-    """Name of the state that it began from, step900; empty without one."""
+    """Name of the state that it began from, step900, or of a shard record900; empty without one."""
     outcome: Outcome = "running"
     reason: str = ""
     ended: float | None = None
@@ -163,9 +164,16 @@ class Jobs:
         return self.folder.cancel.exists()
 
     def state(self) -> str:
-        """Name of the last complete state, empty without one."""
-        name = newest_state(self.directory)
+        """Name of the last complete state, or of a shard of a cache how many records are made; empty without one."""
+        name, shard = newest_state(self.directory), read_shard(self.directory)
+        if shard is not None:
+            return f"record{shard.made}"
         return "" if name is None else str(name)
+
+    def kept(self) -> str:
+        """The same in words."""
+        shard = read_shard(self.directory)
+        return f"state at step {self.state_step()}" if shard is None else str(shard)
 
     def state_step(self) -> int:
         """Step of the last complete state, 0 without one."""

@@ -12,6 +12,7 @@ OUTPUT.ROOT/STUDENT/METHOD/NAME/
   resume/LATEST                      name of the newest state
   job/                               of a submitted run, see `JobFolder`
   eval/DATA/                         answers.jsonl and results.json of an evaluation
+  shard.json                         of a shard of a teacher's cache, all but job/: how much of it is made
   .lock/                             who works here now
 """
 
@@ -124,6 +125,10 @@ class RunDirectory:
     @property
     def evaluations(self) -> Path:
         return evaluations_of(self.path)
+
+    @property
+    def shard(self) -> Path:
+        return self.path / "shard.json"
 
     @property
     def states(self) -> Path:

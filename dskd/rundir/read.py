@@ -12,6 +12,7 @@ from dskd.config.load import load_run
 from dskd.config.run import RunConfig
 from dskd.rundir.files import read_json, read_json_lines
 from dskd.rundir.layout import RESULTS, RunDirectory, StateName
+from dskd.rundir.shard import read_shard
 from dskd.rundir.train_state import TrainState, read_state
 
 TAIL_BYTES = 1 << 16
@@ -112,9 +113,12 @@ def read_train_state(directory: RunDirectory) -> TrainState | None:
 
 
 def is_complete(directory: RunDirectory) -> bool:
-    """Whether a run has made its last step, or an evaluation has its results."""
+    """Whether a run has made its last step, an evaluation has its results, or a shard of a cache is made."""
     if read_rougel(directory.path) is not None:
         return True
+    shard = read_shard(directory)
+    if shard is not None:
+        return shard.is_complete
     state = read_train_state(directory)
     return state is not None and has_ended(directory, state)
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from dskd.launch.batch import SLURM_SIGNALS_EARLY, finish, why_not_again, why_st
 from dskd.launch.task import ASKED, again_reason
 from dskd.rundir.jobs import Ending, Job, Jobs
 from dskd.rundir.read import is_complete, read_rougel
+from dskd.rundir.shard import ShardProgress, write_shard
 
 JOB = Job("local", ("true",), 2, 2, minutes=60, signal_seconds=300, max_requeues=3, id="7")
 
@@ -71,7 +73,7 @@ def test_two_starts_without_progress_are_enough_unless_the_run_was_preempted(job
     jobs.add_start("7", "node2")
     problem = why_not_again(jobs, JOB, reason)
     assert (problem is None) == again
-    assert again or "two starts in a row made no progress after step 40" in problem
+    assert again or "two starts in a row made no progress: state at step 40" in problem
 
 
 def test_after_progress_a_run_is_started_again(jobs):
@@ -81,6 +83,16 @@ def test_after_progress_a_run_is_started_again(jobs):
     jobs.add_start("7", "node1")
     state(jobs, 41)
     assert why_not_again(jobs, JOB, "time limit") is None
+
+
+def test_records_of_a_shard_are_progress(jobs):
+    for made, again in ((5, True), (9, True), (9, True), (9, False)):  # the third start began after 9
+        jobs.add_start("7", "node1")
+        write_shard(jobs.directory, ShardProgress(Path("cache"), Path("train.jsonl"), "", "", 20, made))
+        problem = why_not_again(jobs, JOB, "time limit")
+        assert (problem is None) == again
+        jobs.end_start(len(jobs.starts()), "again", "time limit")
+    assert problem.startswith("time limit; two starts in a row made no progress: 9 of 20 records; ")
 
 
 def test_an_evaluation_that_was_made_up_for_is_progress(jobs):

@@ -5,7 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,9 @@ from dskd.config.pipeline import StageConfig
 from dskd.config.training import GenerationConfig
 from dskd.launch.pipeline import read_pipeline
 from dskd.launch.request import evaluation_options
+from dskd.rundir.content import sum_of
+from dskd.rundir.layout import RunDirectory
+from dskd.rundir.shard import ShardProgress, settings_sum, write_shard
 
 HERE = ClusterConfig()
 
@@ -201,8 +204,39 @@ def test_a_cache_is_an_array_of_shards_that_the_distillation_waits_for(write, ma
     for shard in range(3):
         directory = f"{tmp_path}/outputs/llama-pieces-untied/dskd_cma/states/shard{shard}-of-3"
         assert f"# {directory}: each rank runs\n" in states
-        assert f" teacher cache {directory}/job/run.yaml --shard {shard}/3\n" in states
+        assert f" teacher cache {directory}/job/run.yaml --shard {shard}/3 --output {directory}\n" in states
     assert distil.startswith("distil: 1 job, after sft, states\n")
+
+
+def test_a_shard_of_a_cache_is_complete_as_long_as_run_file_records_and_folder_are_the_same(write, make_run, tmp_path):
+    file = make_run(tmp_path)
+    stages = {"states": {"cache": str(file), "shards": 2}}
+    ((first, second),) = (stage.requests for stage in read_pipeline(write(stages), HERE))
+
+    def open_shards(**changes: object) -> list[Path]:
+        stages["states"].update(changes)
+        return [request.directory for stage in read_pipeline(write(stages), HERE) for request in stage.open]
+
+    records, cache = tmp_path / "train.jsonl", tmp_path / "cache"
+    cache.mkdir()
+    for request, made in ((first, 20), (second, 19)):
+        request.directory.mkdir(parents=True)
+        about = ShardProgress(cache, records, sum_of(records), settings_sum(request.settings), 20, made)
+        write_shard(RunDirectory(request.directory), about)
+    both = [first.directory, second.directory]
+    assert open_shards() == [second.directory]
+    assert open_shards(settings=["data.max_length=60"]) == both
+    assert open_shards(settings=[]) == [second.directory]
+    (first.directory / "shard.json").write_text("{")
+    assert open_shards() == both
+    write_shard(RunDirectory(first.directory), replace(about, made=20))
+    assert open_shards() == [second.directory]
+    records.write_text(records.read_text() * 2)
+    assert open_shards() == both
+    write_shard(RunDirectory(first.directory), replace(about, made=20, content=sum_of(records)))
+    assert open_shards() == [second.directory]
+    cache.rmdir()
+    assert open_shards() == both
 
 
 def test_a_dry_run_here_shows_the_commands_that_would_run(folder, write):

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.assemble import assemble
 from dskd.config.errors import UserError
-from dskd.config.load import load_run
+from dskd.config.load import load_run, to_yaml
+from dskd.rundir.layout import RunDirectory
+from dskd.rundir.shard import read_shard, settings_sum, write_shard
 from dskd.teachers.cache import write
 from dskd.teachers.cache.shard import Shard
 
@@ -136,6 +138,25 @@ def test_shards_divide_the_records(run_file, make, ranks):
     assert {name[:21] for name in pieces(folder)} == {f"states-{i:05}-of-00003-"[:21] for i in range(3)}
     training = assemble(load_run(run_file, [CACHED]), ranks)
     assert training.train([0, 1, 2]).states.shape[1] == 32
+
+
+def test_it_tells_how_much_of_a_shard_is_made(run_file, ranks, tmp_path, monkeypatch):
+    """After each piece, at the end, and where there was nothing to do."""
+    small_pieces(monkeypatch)
+    told, output = [], RunDirectory(tmp_path / "told")
+    monkeypatch.setattr(write, "write_shard", lambda where, what: (told.append(what.made), write_shard(where, what)))
+    written = tmp_path / "resolved.yaml"
+    written.write_text(to_yaml(load_run(run_file)))  # as a pipeline gives it to its jobs
+    write.write_cache(load_run(written), Shard(1, 2), ranks, output.path)
+    found = read_shard(output)
+    assert found.is_complete
+    assert found.settings == settings_sum(written.read_text())
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0, found.wanted)
+    assert len(set(told)) > 2
+    told.clear()
+    write.write_cache(load_run(written), Shard(1, 2), ranks, output.path)
+    assert told == [found.wanted]
 
 
 @pytest.mark.parametrize("text", ["4/4", "1", "-1/2", "a/b", "1/0", "0/1/2", ""])

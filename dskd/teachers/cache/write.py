@@ -1,9 +1,9 @@
 """`dskd teacher cache`: runs the teacher once over the training records, and keeps its hidden states."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,10 @@ from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import progress_bar
 from dskd.models.load import DTYPES, load_tokenizers
 from dskd.models.views import ModelEnds
+from dskd.rundir.content import sum_of
 from dskd.rundir.files import as_user_error, write_json
-from dskd.rundir.layout import set_aside
+from dskd.rundir.layout import RunDirectory, set_aside
+from dskd.rundir.shard import ShardProgress, settings_sum, write_shard
 from dskd.teachers.cache.ends import read_ends, tensors_of, write_ends
 from dskd.teachers.cache.folder import About, CacheFolder, described
 from dskd.teachers.cache.loss_error import LossError
@@ -81,8 +83,11 @@ class Writer:
         self.keys, self.stored, self.size, self.since = [], [], 0, time.monotonic()
 
 
-def write_cache(run: RunConfig, shard: Shard, ranks: Ranks) -> None:
+def write_cache(run: RunConfig, shard: Shard, ranks: Ranks, output: Path | None = None) -> None:
     """Make what the cache lacks of a shard of the training records; the ranks divide it among them. Collective.
+
+    Args:
+        output: where to tell how much of the shard is made.
 
     Raises:
         UserError: for what the user can mend, such as another task that writes the same shard.
@@ -102,11 +107,13 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks) -> None:
         wanted = records_of(shard.of_rank(ranks.rank, ranks.world_size), records, tokenizer, limits, ranks)
         missing = [each for each in wanted if each.key not in known]
         writer = Writer(folder, shard, made_with(tokenizer, limits))
+        tell = progress_file(run, folder, output if ranks.is_main else None, *totals(wanted, missing, ranks))
         headless = ranks.sum_int(ranks.is_main and shard.index == 0 and not folder.ends.is_file())
         if ranks.sum_int(len(missing)) or headless:
             running = load_running(teacher, tokenizer, run.engine.precision, ranks)
             if headless:
                 keep_ends(folder, running.view.ends, ranks)
+            tell(0)
             parts = list(batches_of(missing, run.train.micro_batch_size * run.data.max_length))
             rounds = max(ranks.gather(len(parts)))
             # A split teacher runs on all ranks or none: one with less to do repeats a record, and keeps nothing of it.
@@ -114,7 +121,8 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks) -> None:
             batches = (
                 (part, [tokenize(tokenizer, records[each.record], limits) for each in part or [ANY]]) for part in parts
             )
-            keep_states(running, batches, len(missing), teacher.cache_precision, writer, ranks)
+            keep_states(running, batches, len(missing), teacher.cache_precision, writer, ranks, tell)
+        tell(ranks.sum_int(writer.published[0]))
         ranks.stop_if_asked()
         figures = ranks.gather((len(wanted), *writer.published))
     if ranks.is_main:
@@ -123,6 +131,29 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks) -> None:
             f"shard {shard}: {there:,} records, {made:,} of them ({tokens:,} tokens, {size / 1e6:,.1f} MB) made in "
             f"{time.monotonic() - started:.1f} s: {folder.path}"
         )
+
+
+def totals(wanted: Sequence[Wanted], missing: Sequence[Wanted], ranks: Ranks) -> tuple[int, int]:
+    """How many records all ranks want, and how many of them are there. Collective."""
+    total = ranks.sum_int(len(wanted))
+    return total, total - ranks.sum_int(len(missing))
+
+
+def progress_file(
+    run: RunConfig, folder: CacheFolder, output: Path | None, wanted: int, there: int
+) -> Callable[[int], None]:
+    """What writes down in `output` that so many more records are made; without `output` it does nothing."""
+    if output is None:
+        return lambda _: None
+    file = run.data.train
+    begun = ShardProgress(folder.path, file, sum_of(file), settings_sum(run), wanted, there)
+
+    def tell(made: int) -> None:
+        with as_user_error(output, "--output"):
+            output.mkdir(parents=True, exist_ok=True)
+            write_shard(RunDirectory(output), replace(begun, made=there + made))
+
+    return tell
 
 
 def mend(folder: CacheFolder, shard: Shard, about: About) -> None:
@@ -201,10 +232,12 @@ def keep_states(
     precision: Precision,
     writer: Writer,
     ranks: Ranks,
+    tell: Callable[[int], None],
 ) -> None:
     """Run the teacher over batches of `total` records, until the end or until asked to stop; publish what it gave.
 
-    Collective: all ranks have equally many batches, and one of no record is run and not kept.
+    Collective: all ranks have equally many batches, and one of no record is run and not kept. `tell` is told how many
+    records all ranks have published.
     """
     flags, error, done = ranks.flags, LossError(), 0
     with flags.during("step"), progress_bar("teacher cache") as progress:  # inside, a signal sets a flag
@@ -213,19 +246,19 @@ def keep_states(
                 break
             side = collate(samples).to(ranks.device)
             (states,) = teacher.states([Batch(tuple(each.record for each in wanted), side, side)])
-            if not wanted:
-                continue
-            stored = encode(states, precision)
-            if precision != "exact" and not error.is_known:
-                error.add(teacher.ends.head(), states, stored, side.labels)
-            for each, one in zip(wanted, stored.split(side.lengths), strict=True):
-                writer.add(each.key, one)
-            done += len(wanted)
+            if wanted:
+                stored = encode(states, precision)
+                if precision != "exact" and not error.is_known:
+                    error.add(teacher.ends.head(), states, stored, side.labels)
+                for each, one in zip(wanted, stored.split(side.lengths), strict=True):
+                    writer.add(each.key, one)
+                done += len(wanted)
             flags.moved()
             progress(done, total)
-            if writer.is_due:
+            if ranks.sum_int(writer.is_due):  # on any rank: they fill at the same pace
                 with flags.during("save"):
                     writer.publish()
+                    tell(ranks.sum_int(writer.published[0]))
                 if ranks.is_main:
                     print(f"{done:,} of {total:,} records of rank 0", flush=True)
         with flags.during("save"):
