@@ -52,10 +52,15 @@ class TeacherConfig:
     """Of a teacher that is split, the ranks that share a copy: all, or those of a node, which talk faster."""
     offload: Literal["none", "cpu"] = "none"
     """Whether the pieces of a teacher that is split wait in CPU memory; without a GPU they do anyway."""
+    quantize: Literal["none", "int8"] = "none"
+    """Hold the weights of its layers in a byte each, on a GPU, by bitsandbytes; head and embeddings stay whole."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model's folder. Leave it off unless you have read that code."""
 
     def __post_init__(self) -> None:
+        if self.quantize != "none":
+            require(self.backend != "sharded", "quantize", f"{self.quantize} needs backend resident, or cache")
+            require(self.adapter is None, "quantize", f"{self.quantize} takes no adapter: merge it into a model before")
         for key, usual in (("shard_group", "all"), ("offload", "none")):
             value = getattr(self, key)
             require(

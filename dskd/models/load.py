@@ -116,13 +116,17 @@ def check_ids(tokenizer: Any) -> None:
             raise ValueError(f"its {role} is {shown(found)}, which is no token")
 
 
-def load_causal_lm(folder: Path, key: str, precision: str, trust_remote_code: bool) -> Any:
-    """A decoder with all its weights. Raises `UserError` where the folder does not hold them."""
+def load_causal_lm(folder: Path, key: str, precision: str, trust_remote_code: bool, **how: Any) -> Any:
+    """A decoder with all its weights. Raises `UserError` where the folder does not hold them.
+
+    Args:
+        how: what else transformers is told.
+    """
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with loading(f"{key}: no causal language model loads from {folder}"):
         check_numbers(AutoConfig.from_pretrained(folder, **options), folder)
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True, **options
+            folder, dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True, **options, **how
         )
         missing = sorted(report["missing_keys"])
         if missing:

@@ -62,6 +62,7 @@ class Forecast:
             batch=Batch(records, workload.longest),
             responses=min(workload.longest_responses, records * workload.longest),
             on_gpu=self.machine.on_gpu,
+            quantized=run.teacher is not None and run.teacher.quantize != "none",
             measured_activations=self.correction.activations,
         )
 

@@ -69,6 +69,8 @@ class Step:
     responses: int
     """Response tokens of the micro-batch."""
     on_gpu: bool
+    quantized: bool = False
+    """Whether a resident teacher's layers take a byte a weight."""
     measured_activations: float = 1.0
     """What measuring has found them to be, as a share of what is computed here."""
 
@@ -228,7 +230,8 @@ def teacher_held(step: Step) -> int:
     if step.backend == "cache":
         return head
     if step.backend == "resident":
-        return step.teacher.weights * step.size
+        saved = (step.size - 1) * step.teacher.body_weights if step.quantized else 0
+        return step.teacher.weights * step.size - saved
     states = step.micro_batches * step.responses * step.teacher.hidden * step.size
     return head + (step.teacher.weights * step.size - head) // step.ranks + states
 

@@ -1,11 +1,14 @@
 """The teacher as a frozen copy on every rank."""
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BitsAndBytesConfig
 
+from dskd.config.errors import UserError
 from dskd.config.models import TeacherConfig
 from dskd.data.batch import Batch
 from dskd.losses.tensors import Model
@@ -32,10 +35,31 @@ class ResidentTeacher:
 
 def load_resident(settings: TeacherConfig, tokenizer: Any, precision: str, device: torch.device) -> ResidentTeacher:
     """The frozen teacher on `device`, its adapter merged in. Raises `UserError` for a model that does not fit."""
-    model = load_causal_lm(settings.path, "teacher.path", precision, settings.trust_remote_code)
-    if settings.adapter is not None:
-        model = merge_adapter(model, settings.adapter, "teacher.adapter")
-    view = ModelView(model.to(device).eval().requires_grad_(False), "teacher.path")
+    if settings.quantize == "none":
+        model = load_causal_lm(settings.path, "teacher.path", precision, settings.trust_remote_code)
+        if settings.adapter is not None:
+            model = merge_adapter(model, settings.adapter, "teacher.adapter")
+        model = model.to(device)
+    else:
+        model = load_quantized(settings, precision, device)
+    view = ModelView(model.eval().requires_grad_(False), "teacher.path")
     check_vocabulary(view, tokenizer)
     check_view(view)
     return ResidentTeacher(view)
+
+
+def load_quantized(settings: TeacherConfig, precision: str, device: torch.device) -> Any:
+    """The teacher with the weights of its layers in int8, each row with a scale (LLM.int8, arXiv 2208.07339)."""
+    what = f"teacher.quantize: {settings.quantize}"
+    if device.type != "cuda":
+        raise UserError(f"{what} needs a GPU, and none is visible")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{what} needs the package bitsandbytes: pip install bitsandbytes")
+    return load_causal_lm(
+        settings.path,
+        "teacher.path",
+        precision,
+        settings.trust_remote_code,
+        device_map={"": device},
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),  # which leaves the head as it is
+    )

@@ -80,6 +80,7 @@ def describe(run: RunConfig, teacher: TeacherConfig, moved: Callable[[], None]) 
     if teacher.adapter is not None:
         files = [teacher.adapter / "adapter_config.json", *sorted(teacher.adapter.glob("*.safetensors"))]
         adapter = sums(files, memory, moved)
+    quantized = {} if teacher.quantize == "none" else {"quantize": teacher.quantize}  # older caches do not name it
     return {
         "format": FORMAT,
         "state": STATE,
@@ -87,6 +88,7 @@ def describe(run: RunConfig, teacher: TeacherConfig, moved: Callable[[], None]) 
         "adapter": adapter,
         "precision": run.engine.precision,
         "cache_precision": teacher.cache_precision,
+        **quantized,
     }
 
 

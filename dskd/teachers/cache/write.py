@@ -96,6 +96,11 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks, output: Path | None 
     if run.teacher is None or run.method.teacher == "none":
         raise UserError(f"method.kind: {run.method.kind} learns from no teacher, so there is nothing to keep")
     started, teacher = time.monotonic(), run.teacher
+    if teacher.quantize != "none" and ranks.world_size > 1:
+        raise UserError(
+            f"teacher.quantize: with {teacher.quantize} one process alone makes a cache, since several "
+            "would split the teacher; set launch.processes=1"
+        )
     limits = Limits(run.data.max_length, run.data.max_prompt_length, run.data.bos)
     records, (_, tokenizer) = read_records(run.data.train), load_tokenizers(run, limits)
     about = described(run, teacher, ranks)
