@@ -10,6 +10,9 @@ from support.starts import Start, finish
 from support.tiny import varied_records, write_records
 from torch import Tensor
 
+from dskd.rundir.layout import RunDirectory
+from dskd.rundir.shard import read_shard
+
 pytestmark = pytest.mark.faults
 
 
@@ -57,15 +60,18 @@ def test_ranks_that_share_one_copy_make_what_a_whole_one_makes(run_file, tmp_pat
 def test_stopped_it_keeps_what_it_made_and_goes_on(run_file, tmp_path):
     write_records(tmp_path / "train.jsonl", varied_records(8_000))
     (log := tmp_path / "log").touch()
-    start = Start(log, "teacher", "cache", run_file, "--shard", "0/4", ranks=2)
+    output = tmp_path / "told"
+    start = Start(log, "teacher", "cache", run_file, "--shard", "0/4", "--output", output, ranks=2)
     start.until(lambda: list(tmp_path.glob("outputs/cache/teacher-*/ends.safetensors")))
     start.send(signal.SIGTERM)
     assert start.wait() == [75, 75], start.text()
     assert "stopped as asked; go on with the same command" in start.text()
     kept = len(cached_keys(tmp_path))
+    told = read_shard(RunDirectory(output))
+    assert told.made == kept < told.wanted
     said = finish(log, "teacher", "cache", run_file, "--shard", "0/4", ranks=1).splitlines()[-1]
     there, made = (int(said.split()[i].replace(",", "")) for i in (2, 4))
-    assert there == kept + made
+    assert there == kept + made == told.wanted
     assert len(set(cached_keys(tmp_path))) == there
     assert 1500 < there < 2500
 

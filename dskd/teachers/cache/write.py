@@ -118,7 +118,6 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks, output: Path | None 
             running = load_running(teacher, tokenizer, run.engine.precision, ranks)
             if headless:
                 keep_ends(folder, running.view.ends, ranks)
-            tell(0)
             parts = list(batches_of(missing, run.train.micro_batch_size * run.data.max_length))
             rounds = max(ranks.gather(len(parts)))
             # A split teacher runs on all ranks or none: one with less to do repeats a record, and keeps nothing of it.
@@ -147,7 +146,10 @@ def totals(wanted: Sequence[Wanted], missing: Sequence[Wanted], ranks: Ranks) ->
 def progress_file(
     run: RunConfig, folder: CacheFolder, output: Path | None, wanted: int, there: int
 ) -> Callable[[int], None]:
-    """What writes down in `output` that so many more records are made; without `output` it does nothing."""
+    """What writes down in `output` that so many more records are made; without `output` it does nothing.
+
+    It is called here already where records are missing. Else the head may be: then only who has made it may say so.
+    """
     if output is None:
         return lambda _: None
     file = run.data.train
@@ -158,6 +160,8 @@ def progress_file(
             output.mkdir(parents=True, exist_ok=True)
             write_shard(RunDirectory(output), replace(begun, made=there + made))
 
+    if there < wanted:
+        tell(0)
     return tell
 
 
