@@ -17,7 +17,7 @@ from dskd.config.errors import UserError
 from dskd.config.load import load_run, to_plain, to_yaml
 from dskd.config.run import RunConfig
 from dskd.engine.metrics import LOG
-from dskd.rundir.content import contents, differences, read_contents
+from dskd.rundir.content import as_kept, contents, differences, read_contents
 from dskd.rundir.files import as_user_error, read_json, write_json, write_text
 from dskd.rundir.layout import RunDirectory
 from dskd.rundir.read import RunLength, known_length
@@ -40,8 +40,7 @@ def write_settings(run: RunConfig, length: RunLength) -> list[str]:
             before = {}
         length_before = known_length(directory)
         write_text(directory.settings, to_yaml(run))
-        read = {key: asdict(content) for key, content in contents(run).items()}
-        write_json(directory.args, now | {"length": asdict(length), "content": read})
+        write_json(directory.args, now | {"length": asdict(length), "content": as_kept(contents(run))})
     notes = []
     if length_before is not None and length_before.total_steps != length.total_steps:
         steps = f"{length.total_steps} steps instead of {length_before.total_steps}"

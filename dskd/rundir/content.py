@@ -6,11 +6,13 @@ larger file of a model its size and 16 samples count, of 256 KiB each and the sa
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cattrs
 
@@ -70,11 +72,23 @@ def sum_at(file: Path, changed: int, size: int, sampled: bool) -> str:
     return found.hexdigest()
 
 
+def as_kept(found: Mapping[str, Content]) -> dict[str, Any]:
+    """What args.json holds: the contents by key, and a sum of them all, so that damage is not taken for a change."""
+    by_key = {key: asdict(content) for key, content in found.items()}
+    return {"by_key": by_key, "sum": sum_of_text(json.dumps(by_key, sort_keys=True))}
+
+
+def sum_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_contents(directory: RunDirectory) -> dict[str, Content]:
     """What the run read at its last start; nothing where args.json is damaged, or older than this was kept."""
     try:
-        return cattrs.structure((read_json(directory.args) or {}).get("content", {}), dict[str, Content])
-    except (UserError, cattrs.BaseValidationError, TypeError, ValueError, AttributeError):
+        kept = (read_json(directory.args) or {})["content"]
+        found = cattrs.structure(kept["by_key"], dict[str, Content])
+        return found if as_kept(found) == kept else {}
+    except (UserError, cattrs.BaseValidationError, TypeError, ValueError, AttributeError, KeyError):
         return {}
 
 

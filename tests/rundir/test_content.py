@@ -9,7 +9,7 @@ import pytest
 
 from dskd.config.load import load_run, override
 from dskd.rundir import content
-from dskd.rundir.content import contents, differences, read_contents, sum_of
+from dskd.rundir.content import as_kept, contents, differences, read_contents, sum_of
 from dskd.rundir.layout import RunDirectory
 
 
@@ -105,6 +105,14 @@ def test_what_args_json_keeps_comes_back_and_what_it_lacks_is_nothing(run, tmp_p
     for text in ("{}", "[", '{"content": 3}', '{"content": {"data.train": 3}}', '{"content": {"a": {"path": 1}}}'):
         directory.args.write_text(text)
         assert read_contents(directory) == {}
-    kept = {key: {"path": each.path, "files": each.files} for key, each in contents(run).items()}
+    kept = as_kept(contents(run))
     directory.args.write_text(json.dumps({"content": kept}))
     assert read_contents(directory) == contents(run)
+
+
+def test_a_damaged_sum_is_no_change_of_what_was_read(run, tmp_path):
+    directory = RunDirectory(tmp_path)
+    text = json.dumps({"content": as_kept(contents(run))})
+    known = contents(run)["data.train"].files["records"]
+    directory.args.write_text(text.replace(known, "0" + known[1:] if known[0] != "0" else "1" + known[1:]))
+    assert read_contents(directory) == {}
