@@ -5,7 +5,10 @@ make_run   session fixture: `make_run(folder, **overrides)` writes records and a
 ranks      session fixture: the process group of one process, this one.
 """
 
+import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,15 @@ from transformers.utils import logging as hf_logging
 
 from dskd.engine import distributed
 from dskd.launch.ranks import free_port, rank_environment
+
+# Triton's interpreter runs the kernels on the CPU. Triton looks at the environment when it is imported, which others do
+# too, and when a kernel is defined: both happen here, and what comes after sees nothing of it.
+assert "triton" not in sys.modules, "Triton was imported before its interpreter could be chosen"
+if find_spec("triton") is not None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import_module("dskd.losses.kernels.fused")
+        import_module("triton.experimental.gluon")  # which Triton would import at the first launch
 
 hf_logging.disable_progress_bar()
 settings.register_profile("untimed", deadline=None)  # machines are noisy
