@@ -190,7 +190,9 @@ def rank_of(launcher: subprocess.Popen, rank: int) -> int:
 )
 def test_a_rank_that_dies_or_hangs_ends_the_run(number, reason, small_run, whole, tmp_path):
     directory = tmp_path / whole.relative_to(whole.parents[2])
-    launcher = launched("train", small_run, f"output.root={tmp_path}", "train.stall_minutes=0.2")
+    # A state is saved after the second step: the signal may meet a rank there as well, which has a limit of its own.
+    limits = "train.stall_minutes=0.2", "train.save_minutes=0.2"
+    launcher = launched("train", small_run, f"output.root={tmp_path}", *limits)
     deadline = time.monotonic() + 200
     while steps(directory) < 2:
         assert launcher.poll() is None
@@ -206,7 +208,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run(number, reason, small_run, whole
     assert reason in error
     assert "all_reduce" in error or "all_gather" in error or "train_step" in error  # where rank 0 waited
     assert not Path(f"/proc/{other}").exists()
-    finish(tmp_path / "log", "resume", directory, "train.stall_minutes=20", ranks=2)
+    finish(tmp_path / "log", "resume", directory, "train.stall_minutes=20", "train.save_minutes=60", ranks=2)
     assert steps(directory) == 20
 
 
