@@ -128,6 +128,8 @@ def start(flags: Flags | None = None, minutes: float = LONGEST_MINUTES) -> Ranks
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Whatever the optimizer, DeepSpeed imports its Muon, and to compile that one takes five seconds of each start.
+    sys.modules["deepspeed.runtime.compiler"].compile = lambda: lambda function: function  # type: ignore[attr-defined]
     if device.type == "cpu":
         # DeepSpeed's own shared-memory collectives take a minute to compile and are optional: gloo does the work.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
