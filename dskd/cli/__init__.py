@@ -8,6 +8,7 @@ import typer
 
 from dskd import __version__
 from dskd.cli import cluster, here
+from dskd.cli.data import data
 from dskd.config.errors import UserError
 from dskd.start import leave
 
@@ -85,3 +86,4 @@ for verb in VERBS:
     app.command()(verb)
 teacher.command()(here.cache)
 app.add_typer(teacher, name="teacher", help="What a student learns from, made ready beforehand.")
+app.add_typer(data, name="data")

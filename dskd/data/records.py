@@ -6,7 +6,7 @@ import os
 import stat
 import weakref
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -131,6 +131,11 @@ def numbered(lines: IO[bytes], file: Path, most: int | None = None) -> Iterator[
 
 def parse_record(line: bytes, where: str) -> Record:
     """One line of a jsonl file; `where` names it in errors."""
+    return record_of(parse_object(line, where), where)
+
+
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object on a line."""
     if len(line) > LONGEST_LINE:
         raise UserError(f"{where}: is longer than {LONGEST_LINE} bytes; one record a line is expected")
     try:
@@ -143,6 +148,11 @@ def parse_record(line: bytes, where: str) -> Record:
         raise UserError(f"{where}: JSON that is not read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f'{where}: an object {{"prompt": ..., "output": ...}} is expected')
+    return value
+
+
+def record_of(value: Mapping[str, Any], where: str) -> Record:
+    """The record that an object stands for, whatever file it is from."""
     for field in ("prompt", "output"):
         if field not in value:
             found = one_line(", ".join(value), 100) or "nothing"

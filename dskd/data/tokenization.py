@@ -65,11 +65,17 @@ def count_cut(tokenizer: Tokenizer, records: Iterable[Record], limits: Limits) -
     """How many records lose the beginning of their prompt, and how many the end of their response, EOS included."""
     prompts = responses = 0
     for record in records:
-        prompt = len(tokenizer.encode(record.prompt, add_special_tokens=False)) + limits.bos
-        response = len(tokenize_response(tokenizer, record.outputs[0])) + 1
+        prompt, response = whole_lengths(tokenizer, record)
+        prompt += limits.bos
         prompts += prompt > limits.max_prompt_length
         responses += min(prompt, limits.max_prompt_length) + response > limits.max_length
     return prompts, responses
+
+
+def whole_lengths(tokenizer: Tokenizer, record: Record) -> tuple[int, int]:
+    """Tokens of a record's prompt, without BOS, and of its response with EOS, before anything is cut."""
+    prompt = tokenizer.encode(record.prompt, add_special_tokens=False)
+    return len(prompt), len(tokenize_response(tokenizer, record.outputs[0])) + 1
 
 
 def check_tokenizer(tokenizer: Tokenizer, limits: Limits, key: str) -> None:
