@@ -67,9 +67,12 @@ def skewed_reverse_kl(student: Tensor, teacher: Tensor, skew: float) -> tuple[Te
 
 
 def adaptive_kl(student: Tensor, teacher: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Forward and reverse KL, weighed by where p and q differ: the head of q (mass alpha) or its tail (AKL)."""
+    """Forward and reverse KL, weighed by where p and q differ: the head of q (mass alpha) or its tail (AKL).
+
+    Of equal probabilities the first ones are the tail, whatever sorts them: bf16 logits have many.
+    """
     p, q = student.softmax(-1), teacher.softmax(-1)
-    sorted_q, order = q.sort(-1)
+    sorted_q, order = q.sort(dim=-1, stable=True)
     gap = (q.sub_(p)).abs_().gather(-1, order)
     tail = torch.linalg.vecdot(gap, sorted_q.cumsum_(-1).lt_(alpha))
     weight = (1 - tail / gap.sum(-1).clamp_min_(torch.finfo(gap.dtype).tiny)).unsqueeze(-1)

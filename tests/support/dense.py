@@ -30,7 +30,7 @@ def distance(settings, logits, teacher_logits):
             return kl(p, settings.skew * p + (1 - settings.skew) * q)
         case "adaptive_kl":
             gap = (p - q).detach().abs()
-            ordered, order = q.sort(-1)
+            ordered, order = q.sort(dim=-1, stable=True)  # of equal ones the first are the tail
             tail = (gap.gather(-1, order) * (ordered.cumsum(-1) < settings.adaptive_alpha)).sum(-1)
             share = tail / gap.sum(-1).clamp_min(1e-30)  # p = q: both distances are 0, whatever the share
             return (1 - share) * kl(q, p) + share * kl(p, q)
