@@ -62,7 +62,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/hadolint Dockerfile
-	$(VENV)/bin/shellcheck docker/lock tests/docker/*.sh
+	$(VENV)/bin/shellcheck docker/lock tests/docker/*.sh tests/report/*.sh
 
 image:
 	DOCKER_BUILDKIT=1 $(DOCKER) build --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) \

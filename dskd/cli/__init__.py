@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dskd import __version__
-from dskd.cli import cluster, here
+from dskd.cli import cluster, here, results
 from dskd.cli.data import data
 from dskd.config.errors import UserError
 from dskd.start import leave
@@ -25,6 +25,7 @@ VERBS = (
     here.resume,
     here.collect,
     here.evaluate,
+    results.report,
     cluster.plan,
     cluster.submit,
     cluster.status,
