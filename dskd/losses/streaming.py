@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from dskd.losses.kernels import Block, Kernels, plain
+from dskd.losses.products import multiply
 from dskd.losses.tensors import Head
 
 
@@ -51,9 +52,10 @@ class StreamedLogits:
         if out is None or out.dtype != self.weight.dtype:
             made = torch.nn.functional.linear(hidden, self.weight, self.bias)
             return made if out is None else out.copy_(made)
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.T, out=out)
-        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
+        if self.bias is not None:
+            return torch.addmm(self.bias, hidden, self.weight.T, out=out)
+        multiply(hidden, self.weight.T, out)
+        return out
 
     def logits(self, rows: slice) -> Tensor:
         """fp32 logits [n, V] of the tokens in `rows`."""
@@ -69,7 +71,7 @@ class StreamedLogits:
             self.grad_bias += grad.sum(0, dtype=torch.float32)
         grad = grad.to(self.weight.dtype)
         if self.grad_hidden is not None:
-            torch.mm(grad, self.weight, out=self.grad_hidden[rows])
+            multiply(grad, self.weight, self.grad_hidden[rows])
         if self.grad_weight is not None:
             add_product(self.grad_weight, grad.T, self.hidden[rows])
 
