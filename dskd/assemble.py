@@ -1,6 +1,6 @@
 """What stands before the first step: data, models and method, checked, around one DeepSpeed engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from dskd.config.methods import DualSpaceConfig, MethodConfig, SftConfig, Teache
 from dskd.config.run import RunConfig, accumulation_steps
 from dskd.data.alignment import aligner
 from dskd.data.batch import Batch
+from dskd.data.budget import Budget
 from dskd.data.loader import Collator, Plan
 from dskd.data.records import Records, read_records
 from dskd.data.tokenization import Limits
@@ -120,6 +121,8 @@ def assemble(run: RunConfig, ranks: Ranks) -> Training:
     align = aligner(run.method.alignment, other_tokenizer, tokenizer) if other_tokenizer is not None else None
     train_data = Collator(train_records, tokenizer, other_tokenizer, limits, align, stored)
     dev_data = Collator(dev_records, tokenizer, None, limits)
+    if run.train.micro_batch_tokens is not None:
+        plan = replace(plan, budget=Budget(run.train.micro_batch_tokens, train_data.lengths))
     length = length_of(run, plan)
     return Training(run, ranks, engine, view.ends, teacher, plan, length, train_data, dev_data)
 

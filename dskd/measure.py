@@ -53,9 +53,7 @@ def longest_batches(training: Training) -> Sequence[Batch]:
     """This rank's micro-batches of the one global batch that holds the longest records."""
     plan, ranks = training.plan, training.ranks
     by_length = sorted(range(len(plan.sizes)), key=lambda index: plan.sizes[index])[-plan.global_batch_size :]
-    size = plan.micro_batch_size
-    starts = range(ranks.rank * size, len(by_length), ranks.world_size * size)
-    return [training.train(by_length[start : start + size]) for start in starts]
+    return [training.train(own) for own in plan.micro_batches_of(by_length, ranks.rank, ranks.world_size)]
 
 
 def begin_counting(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from dskd.data.tokenization import count_cut
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import LOG, Monitor
 from dskd.engine.preemption import Stopped, ignore_signals
-from dskd.engine.zero import gathered, set_learning_rates, step_at_boundary
+from dskd.engine.zero import accumulate, gathered, set_learning_rates, step_at_boundary
 from dskd.evaluate import answer_all, mean_scores
 from dskd.losses.tensors import LossOutput, ScaleParts, Sum, Tokens
 from dskd.models.views import response_tokens
@@ -108,20 +108,22 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) ->
     tokens = ranks.sum_int(sum(len(batch.student.labels) for batch in micro_batches))
     batches = [batch.to(ranks.device) for batch in micro_batches]
     teachers = teacher_tokens(training.teacher, batches)
-    if method.counts_itself and len(batches) > 1:
+    looks_ahead = method.looks_ahead and training.plan.budget is not None
+    if looks_ahead or (method.counts_itself and len(batches) > 1):
         teachers = list(teachers)
     scale_parts = part_scale(training, tokens, len(batches), teachers)
     rates = learning_rates(training.run.train, step, training.length.total_steps)
     set_learning_rates(engine, rates)
     method.start_step()
+    if looks_ahead:
+        method.look_ahead([teacher for teacher in teachers if teacher is not None], ranks.sum)
     outputs: list[LossOutput] = []
     for index, (batch, teacher) in enumerate(zip(batches, teachers, strict=True), start=1):
+        accumulate(engine, is_last=index == len(batches))
         output = engine(batch, teacher, scale_parts)
         engine.backward(output.loss)
         outputs.append(output)
-        if index < len(micro_batches):
-            engine.step()  # counts the micro-batch; the weights are still untouched
-    means = total(outputs, ranks)
+    means = total(outputs, ranks, {"padding": padding(micro_batches)})
     refuse_non_finite(step, means, micro_batches, outputs, ranks)
     grad_norm = step_at_boundary(engine)
     refuse_wild(step, f"the gradient (norm {grad_norm})", math.isfinite(grad_norm) and grad_norm >= 0)
@@ -155,10 +157,10 @@ def part_scale(training: Training, tokens: int, micro_batches: int, teachers: It
     """The one place where sums become means: what each part's sum in a micro-batch is multiplied with.
 
     It is the part's weight, divided by the tokens that it is over in the global batch, and undoes DeepSpeed's averaging
-    over ranks and micro-batches. `tokens` are the response tokens of the global batch.
+    over ranks and what it takes for the number of micro-batches. `tokens` are the response tokens of the global batch.
     """
     ranks, method = training.ranks, training.distiller.method
-    undo = ranks.world_size * micro_batches
+    undo = ranks.world_size * training.engine.gradient_accumulation_steps()
 
     def divided(counts: Mapping[str, int]) -> dict[str, float]:
         return {part: weight * undo / max(counts[part], 1) for part, weight in method.weights.items()}
@@ -179,14 +181,28 @@ def part_scale(training: Training, tokens: int, micro_batches: int, teachers: It
     return lambda own: scales
 
 
-def total(outputs: Sequence[LossOutput], ranks: Ranks) -> dict[str, float]:
-    """Means of all parts and metrics over micro-batches and ranks, with one collective."""
+def padding(micro_batches: Sequence[Batch]) -> tuple[int, int]:
+    """Places of this rank's micro-batches, not yet on a GPU, where the student has padding; and all of its places."""
+    places = sum(batch.student.input_ids.numel() for batch in micro_batches)
+    return places - sum(int(batch.student.attention_mask.sum()) for batch in micro_batches), places
+
+
+def total(
+    outputs: Sequence[LossOutput], ranks: Ranks, shares: Mapping[str, tuple[int, int]] | None = None
+) -> dict[str, float]:
+    """Means of all parts and metrics over micro-batches and ranks, with one collective.
+
+    Args:
+        shares: more of them, each as this rank's sum and what it is divided by.
+    """
     sums = [output.parts | output.metrics for output in outputs]
     names = list(sums[0])
     values = [torch.stack([each[name].value for each in sums]).sum() for name in names]
-    counts = torch.tensor([float(sum(each[name].tokens for each in sums)) for name in names])
-    found = torch.cat([torch.stack(values).double(), counts.to(values[0].device, torch.float64)])
-    both = ranks.sum(found).tolist()
+    counts = [sum(each[name].tokens for each in sums) for name in names]
+    above, below = zip(*shares.values(), strict=True) if shares else ((), ())
+    known = torch.tensor([*above, *counts, *below], dtype=torch.float64)
+    found = torch.cat([torch.stack(values).double(), known.to(values[0].device)])
+    both, names = ranks.sum(found).tolist(), [*names, *(shares or ())]
     return {name: both[i] / max(both[len(names) + i], 1.0) for i, name in enumerate(names)}
 
 

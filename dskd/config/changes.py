@@ -16,6 +16,7 @@ HARMLESS = (
     "description",
     "data.workers",
     "train.micro_batch_size",
+    "train.micro_batch_tokens",
     "train.stall_minutes",
     "train.start_minutes",
     "train.save_minutes",

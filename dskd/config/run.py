@@ -77,6 +77,12 @@ class RunConfig:
             "checkpoint.best_by",
             "rougel needs eval.generate=true",
         )
+        tokens, longest = self.train.micro_batch_tokens, self.data.max_length
+        require(
+            tokens is None or tokens >= longest,
+            "train.micro_batch_tokens",
+            f"must be at least data.max_length ({longest}), so that every record fits, got {tokens}",
+        )
 
     @property
     def cache_folder(self) -> Path:
@@ -93,17 +99,25 @@ class RunConfig:
 
 
 def accumulation_steps(run: RunConfig, world_size: int) -> int:
-    """Micro-batches that each of `world_size` ranks runs for one optimizer step.
+    """Micro-batches that each of `world_size` ranks runs for one optimizer step; of so many tokens, at most so many.
 
     Raises `UserError` where the global batch does not divide.
     """
-    per_pass = run.train.micro_batch_size * world_size
-    if run.train.global_batch_size % per_pass:
+    train = run.train
+    each = train.micro_batch_size if train.micro_batch_tokens is None else 1
+    per_pass = each * world_size
+    if train.global_batch_size % per_pass:
+        size = f" x train.micro_batch_size {each}" if train.micro_batch_tokens is None else ""
         raise UserError(
-            f"train.global_batch_size: {run.train.global_batch_size} does not divide into {world_size} rank(s) x "
-            f"train.micro_batch_size {run.train.micro_batch_size}; a multiple of {per_pass} is allowed"
+            f"train.global_batch_size: {train.global_batch_size} does not divide into {world_size} rank(s){size}; "
+            f"a multiple of {per_pass} is allowed"
         )
-    return run.train.global_batch_size // per_pass
+    return train.global_batch_size // per_pass
+
+
+def tokens_at_a_time(run: RunConfig) -> int:
+    """Tokens, padding included, that one rank holds at most of one side."""
+    return run.train.micro_batch_tokens or run.train.micro_batch_size * run.data.max_length
 
 
 def models_of(run: RunConfig) -> list[Path]:

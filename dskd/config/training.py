@@ -17,6 +17,8 @@ class TrainConfig:
     """Records of one optimizer step over all ranks; gradient accumulation follows from it."""
     micro_batch_size: int = 4
     """Records that one rank holds at a time."""
+    micro_batch_tokens: int | None = None
+    """Instead of micro_batch_size: tokens of each side, padding included, that one rank holds at most at a time."""
     lr: float = 5.0e-4
     """Peak learning rate of the student."""
     projector_lr: float = 1.0e-3
@@ -44,7 +46,9 @@ class TrainConfig:
         for key in ("stall_minutes", "start_minutes", "save_minutes"):
             require(getattr(self, key) > 0, key, f"must be above 0, got {getattr(self, key)}")
         require(self.max_steps is None or self.max_steps > 0, "max_steps", f"must be above 0, got {self.max_steps}")
-        require_at_most(self, MOST, "epochs", "max_steps", "global_batch_size", "micro_batch_size")
+        require_at_most(
+            self, MOST, "epochs", "max_steps", "global_batch_size", "micro_batch_size", "micro_batch_tokens"
+        )
         require_at_most(self, 1.0, "lr", "projector_lr")
         require(0 <= self.seed <= LAST_SEED, "seed", f"must be from 0 to {LAST_SEED}, got {self.seed}")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", f"must be in [0, 1), got {self.warmup_ratio}")

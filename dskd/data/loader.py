@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from dskd.config.errors import UserError
 from dskd.data.alignment import Align, IntArray
 from dskd.data.batch import Batch, collate, flat_pairs
+from dskd.data.budget import Budget, Lengths
 from dskd.data.records import Record
 from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
 
@@ -26,9 +27,9 @@ ReadStates = Callable[[Sequence[Sample]], Tensor]
 class Plan:
     """Which records each micro-batch holds.
 
-    A step's global batch is cut into micro-batches in a way that does not depend on the number of ranks; rank r takes
-    every world_size-th of them. Within the global batch, records of like length stand together: less padding, and
-    ranks that work at the same time have equally much to do.
+    A step's global batch is cut into micro-batches, and rank r takes every world_size-th of them. Within the global
+    batch, records of like length stand together: less padding, and ranks that work at the same time have equally much
+    to do. Micro-batches of so many records do not depend on the number of ranks, those of so many tokens do.
     """
 
     sizes: Sequence[int]
@@ -36,6 +37,8 @@ class Plan:
     seed: int
     global_batch_size: int
     micro_batch_size: int
+    budget: Budget | None = None
+    """Takes the place of `micro_batch_size` where micro-batches are of so many tokens."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -50,8 +53,17 @@ class Plan:
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[list[int]]:
         """Record indices of each micro-batch that `rank` runs in `step`."""
-        batch, size = self.global_batch(step), self.micro_batch_size
-        return [batch[i : i + size] for i in range(rank * size, len(batch), world_size * size)]
+        return self.micro_batches_of(self.global_batch(step), rank, world_size)
+
+    def micro_batches_of(self, batch: Sequence[int], rank: int, world_size: int) -> list[list[int]]:
+        """The same of a global batch whose records are ordered by length."""
+        size = self.micro_batch_size
+        if self.budget is None:
+            parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+        else:
+            lengths = self.budget.lengths
+            parts = self.budget.cut(sorted(batch, key=lambda index: (max(lengths(index)), index)), world_size)
+        return [list(part) for part in parts[rank::world_size]]
 
 
 @lru_cache(maxsize=1)
@@ -96,6 +108,9 @@ class Collator:
     pairs: Recent[IntArray] = field(default_factory=Recent)
     """And aligned."""
 
+    def __post_init__(self) -> None:
+        self.known = np.zeros((len(self.records), 2), np.int32)  # lengths; 8 MB for a million records, once in use
+
     def __call__(self, indices: Sequence[int]) -> Batch:
         samples = [self.sample(index) for index in indices]
         student = collate([own for own, _ in samples])
@@ -111,6 +126,13 @@ class Collator:
         record = self.records[index]
         student = tokenize(self.student, record, self.limits)
         return student, student if self.teacher is None else tokenize(self.teacher, record, self.limits)
+
+    def lengths(self, index: int) -> Lengths:
+        """Tokens of a record for student and teacher; this process tokenizes it for them once in a run."""
+        if not self.known[index, 0]:
+            self.known[index] = [len(each.prompt) + len(each.response) for each in self.sample(index)]
+        student, teacher = self.known[index].tolist()
+        return student, teacher
 
     def pair(self, index: int) -> IntArray:
         return self.pairs.get(index, self.aligned)

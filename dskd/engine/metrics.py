@@ -25,6 +25,7 @@ SHOWN = {
     "lr": "lr {:.2e}",
     "grad_norm": "gradient {:.2f}",
     "tokens_per_second": "{:.0f} tokens/s",
+    "padding": "padding {:.0%}",
     "gpu_gib": "{:.1f} GiB",
 }
 """Which figures of a step are shown, and how."""

@@ -26,7 +26,8 @@ def deepspeed_config(run: RunConfig, world_size: int, accumulation: int) -> dict
         zero["stage3_param_persistence_threshold"] = engine.persistence_threshold
     return {
         "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        # Where micro-batches are of so many tokens, a step has fewer than it is told here; it divides losses by this.
+        "train_micro_batch_size_per_gpu": train.global_batch_size // (world_size * accumulation),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.clip,
         "zero_optimization": zero,
@@ -90,6 +91,11 @@ def set_learning_rates(engine: Any, rates: dict[str, float]) -> None:
     """Give each parameter group its rate for the next step; a function of the step, so that resuming needs no state."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["lr_key"]]
+
+
+def accumulate(engine: Any, is_last: bool) -> None:
+    """Say before the forward of a micro-batch whether it is the last of its step; DeepSpeed would count to a number."""
+    engine.set_gradient_accumulation_boundary(is_last)
 
 
 def step_at_boundary(engine: Any) -> float:

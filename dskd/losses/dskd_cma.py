@@ -1,6 +1,7 @@
 """Dual-space distillation with cross-model attention, for two vocabularies (arXiv 2406.17328, section 3.3)."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,14 @@ from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
 
 
 class DskdCma(DualSpace[DskdCmaConfig]):
-    """Projectors (d, D: hidden sizes of student and teacher): t2s D -> d, s2t d -> D, query 2d -> 2D."""
+    """Projectors (d, D: hidden sizes of student and teacher): t2s D -> d, s2t d -> D, query 2d -> 2D.
+
+    Keys and values of the teacher are divided by their standard deviation over the response tokens of the micro-batch;
+    after `look_ahead` over those of the global batch, so that it does not matter how that is cut.
+    """
+
+    looks_ahead = True
+    deviations: Tensor | None = None
 
     def __init__(self, settings: DskdCmaConfig, context: MethodContext) -> None:
         super().__init__(settings, context)
@@ -29,16 +37,16 @@ class DskdCma(DualSpace[DskdCmaConfig]):
     def cross_attention(self, student: Tokens, teacher: Tokens) -> tuple[Tensor, Tensor]:
         """Teacher states at the student's tokens [N_s, d], and student states at the teacher's tokens [N_t, D].
 
-        Queries are the student's embeddings of a token and the next, keys the teacher's (equations 8 to 11). Keys and
-        values of the teacher are divided by their standard deviation over the micro-batch's response tokens.
+        Queries are the student's embeddings of a token and the next, keys the teacher's (equations 8 to 11).
         """
         student_index = torch.cat([self.student.embed(student.inputs), self.student.embed(student.labels)], -1)
-        teacher_next = self.teacher.embed(teacher.labels)
-        teacher_index = torch.cat([self.teacher.embed(teacher.inputs), teacher_next], -1)
-        teacher_value = normalized(teacher.hidden) + normalized(teacher_next)
+        states = self.teacher_states(teacher)
+        deviations = [deviation(each) for each in states] if self.deviations is None else self.deviations
+        hidden, following, index = (each / by.to(each.dtype) for each, by in zip(states, deviations, strict=True))
+        teacher_value = hidden + following
 
-        query = self.query(student_index).float() / math.sqrt(teacher_index.shape[-1])
-        key = normalized(teacher_index).float()
+        query = self.query(student_index).float() / math.sqrt(index.shape[-1])
+        key = index.float()
         to_student, to_teacher = self.t2s(teacher_value).float(), self.s2t(student.hidden).float()
         t2s, s2t = [], []
         by_student = (torch.split(each, list(student.lengths)) for each in (query, to_teacher))
@@ -49,7 +57,30 @@ class DskdCma(DualSpace[DskdCmaConfig]):
             s2t.append(scores.T.softmax(-1) @ v_student)
         return torch.cat(t2s).to(student.hidden.dtype), torch.cat(s2t).to(student.hidden.dtype)
 
+    def teacher_states(self, teacher: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """What is divided by its deviation: hidden states, embeddings of next tokens, and of tokens and the next."""
+        following = self.teacher.embed(teacher.labels)
+        return teacher.hidden, following, torch.cat([self.teacher.embed(teacher.inputs), following], -1)
 
-def normalized(states: Tensor) -> Tensor:
-    """Divided by the standard deviation over all their values."""
-    return states / states.std().clamp_min(torch.finfo(states.dtype).tiny) if states.numel() > 1 else states
+    def start_step(self) -> None:
+        self.deviations = None
+
+    @torch.no_grad()
+    def look_ahead(self, teachers: Sequence[Tokens], over_ranks: Callable[[Tensor], Tensor]) -> None:
+        own = torch.zeros(3, 3, dtype=torch.float64, device=teachers[0].hidden.device)
+        for teacher in teachers:
+            own += torch.stack([moments(each) for each in self.teacher_states(teacher)])
+        count, total, squares = over_ranks(own).unbind(-1)
+        variance = (squares - total.square() / count) / (count - 1).clamp_min(1)
+        self.deviations = variance.sqrt().clamp_min(torch.finfo(teachers[0].hidden.dtype).tiny)
+
+
+def deviation(states: Tensor) -> Tensor:
+    """The standard deviation over all values; 1 where there are too few for one."""
+    return states.std().clamp_min(torch.finfo(states.dtype).tiny) if states.numel() > 1 else states.new_ones(())
+
+
+def moments(states: Tensor) -> Tensor:
+    """[3]: how many values there are, their sum and that of their squares, in fp64."""
+    squares = torch.linalg.vector_norm(states, dtype=torch.float64).square()
+    return torch.stack([squares.new_tensor(states.numel()), states.sum(dtype=torch.float64), squares])

@@ -1,6 +1,6 @@
 """What every method is: a module that holds its projectors and turns response tokens into a loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
@@ -21,10 +21,12 @@ class Method(nn.Module, Generic[S]):
     Attributes:
         weights: the parts of the loss and what each is weighed by.
         counts_itself: whether its parts are over other tokens than all of the response; then `count_ahead` exists.
+        looks_ahead: whether there is more that it can take over the global batch; then `look_ahead` exists.
     """
 
     weights: dict[str, float]
     counts_itself = False
+    looks_ahead = False
 
     def __init__(self, settings: S, context: MethodContext) -> None:
         super().__init__()
@@ -61,6 +63,12 @@ class Method(nn.Module, Generic[S]):
         Called before the first forward of a step of several micro-batches: a gradient needs the global batch's count.
         """
         return {}
+
+    def look_ahead(self, teachers: Sequence[Tokens], over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Take from the micro-batches of this rank what has to be over the global batch, and add it up over the ranks.
+
+        Called after `start_step` where micro-batches depend on the number of ranks. A collective call.
+        """
 
 
 def finish(

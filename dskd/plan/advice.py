@@ -6,6 +6,7 @@ from typing import Literal
 
 from dskd.config.models import TeacherBackend
 from dskd.config.run import RunConfig
+from dskd.config.training import TrainConfig
 from dskd.plan.forecast import BACKENDS, UNMEASURED, Correction, Forecast
 from dskd.plan.machine import GB, Machine
 from dskd.plan.models import Models
@@ -58,20 +59,30 @@ def advise(asked: Forecast, backends: tuple[TeacherBackend, ...]) -> Advice | No
 
 def variants(base: Forecast, asked: Forecast, backends: tuple[TeacherBackend, ...]) -> Iterator[Advice]:
     """The run with settings changed that take memory from it and leave its result what it is."""
-    engine, micro_batch = base.run.engine, base.run.train.micro_batch_size
+    engine = base.run.engine
     stages = [stage for stage in STAGES if stage >= engine.zero_stage]
-    sizes = [micro_batch >> halved for halved in range(micro_batch.bit_length())]
+    trains = list(smaller_micro_batches(base.run))
     for backend in backends:
         for stage in stages:
             for checkpointing in {engine.gradient_checkpointing, True}:
-                for size in sizes:
+                for train in trains:
                     changed = replace(
                         base.run,
-                        train=replace(base.run.train, micro_batch_size=size),
+                        train=train,
                         engine=replace(engine, zero_stage=stage, gradient_checkpointing=checkpointing),
                     )
                     forecast = replace(base, run=changed, backend=backend)
                     yield Advice(forecast, changes_between(asked, forecast))
+
+
+def smaller_micro_batches(run: RunConfig) -> Iterator[TrainConfig]:
+    """The run's settings, and with micro-batches halved as often as that goes."""
+    train, tokens, size = run.train, run.train.micro_batch_tokens, run.train.micro_batch_size
+    if tokens is None:
+        yield from (replace(train, micro_batch_size=size >> n) for n in range(size.bit_length()))
+    else:
+        halves = range((tokens // run.data.max_length).bit_length())
+        yield from (replace(train, micro_batch_tokens=tokens >> n) for n in halves)
 
 
 def changes_between(asked: Forecast, other: Forecast) -> tuple[str, ...]:
@@ -85,6 +96,7 @@ def changes_between(asked: Forecast, other: Forecast) -> tuple[str, ...]:
             other.run.engine.gradient_checkpointing,
         ),
         "train.micro_batch_size": (asked.run.train.micro_batch_size, other.run.train.micro_batch_size),
+        "train.micro_batch_tokens": (asked.run.train.micro_batch_tokens, other.run.train.micro_batch_tokens),
     }
     return tuple(f"{key}={str(new).lower()}" for key, (old, new) in found.items() if new != old)
 

@@ -1,5 +1,6 @@
 """What a run will need on a machine, for each way to have its teacher."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,8 +46,7 @@ class Forecast:
     @cached_property
     def step(self) -> Step:
         run, models, workload = self.run, self.models, self.models.workload
-        per_rank = max(1, run.train.global_batch_size // self.machine.ranks)
-        records = min(run.train.micro_batch_size, per_rank)
+        records, micro_batches = self.micro_batches
         lora = run.student.lora
         frozen = isinstance(run.method, DualSpaceConfig) and run.method.projectors_only
         trained = 0 if frozen else models.student.weights if lora is None else adapter_weights(models.student, lora)
@@ -58,13 +58,25 @@ class Forecast:
             engine=run.engine,
             backend=self.backend,
             ranks=self.machine.ranks,
-            micro_batches=max(1, per_rank // records),
+            micro_batches=micro_batches,
             batch=Batch(records, workload.longest),
             responses=min(workload.longest_responses, records * workload.longest),
             on_gpu=self.machine.on_gpu,
             quantized=run.teacher is not None and run.teacher.quantize != "none",
             measured_activations=self.correction.activations,
         )
+
+    @property
+    def micro_batches(self) -> tuple[int, int]:
+        """Records of the largest micro-batch, as if all were as long as the longest, and micro-batches of a rank."""
+        train, workload = self.run.train, self.models.workload
+        per_rank = max(1, train.global_batch_size // self.machine.ranks)
+        if train.micro_batch_tokens is None:
+            records = min(train.micro_batch_size, per_rank)
+            return records, max(1, per_rank // records)
+        steps = max(1, workload.records / train.global_batch_size)
+        records = min(math.ceil(train.micro_batch_tokens / workload.longest), per_rank)
+        return records, math.ceil(workload.padded_tokens / steps / self.machine.ranks / train.micro_batch_tokens)
 
     @cached_property
     def memory(self) -> Parts:
@@ -118,7 +130,10 @@ class Forecast:
 
     @property
     def divides(self) -> bool:
-        return self.run.train.global_batch_size % (self.run.train.micro_batch_size * self.machine.ranks) == 0
+        """Whether the global batch does, as `dskd.config.run.accumulation_steps` asks."""
+        train = self.run.train
+        each = train.micro_batch_size if train.micro_batch_tokens is None else 1
+        return train.global_batch_size % (each * self.machine.ranks) == 0
 
     @property
     def fits(self) -> bool:

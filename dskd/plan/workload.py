@@ -7,7 +7,8 @@ from itertools import islice
 
 from dskd.config.data import DataConfig
 from dskd.config.errors import UserError
-from dskd.config.run import RunConfig
+from dskd.config.run import RunConfig, tokens_at_a_time
+from dskd.config.training import TrainConfig
 
 CHARACTERS_PER_TOKEN = 4
 """Of English text, in vocabularies of 32,000 to 152,000 tokens; counting would need the tokenizers."""
@@ -43,11 +44,13 @@ def workload_of(run: RunConfig) -> Workload:
     lengths, records = lengths_of(run.data) if run.data.train.is_file() else ([], UNKNOWN_RECORDS)
     known = bool(lengths)
     data, train = run.data, run.train
-    lengths = lengths or [(data.max_prompt_length, data.max_length - data.max_prompt_length)] * train.micro_batch_size
+    if not known:
+        at_once = tokens_at_a_time(run) // data.max_length
+        lengths = [(data.max_prompt_length, data.max_length - data.max_prompt_length)] * at_once
     scale = records / len(lengths)
     per_epoch = max(1, records // train.global_batch_size)
     steps = min(per_epoch * train.epochs, train.max_steps or per_epoch * train.epochs)
-    batches = list(micro_batches(lengths, train.global_batch_size, train.micro_batch_size))
+    batches = list(micro_batches(lengths, train))
     return Workload(
         records=records,
         steps=steps,
@@ -60,12 +63,24 @@ def workload_of(run: RunConfig) -> Workload:
     )
 
 
-def micro_batches(lengths: Sequence[Lengths], global_batch: int, micro_batch: int) -> Iterator[Sequence[Lengths]]:
-    """As training cuts them: in a global batch, records of like length stand together."""
-    for start in range(0, len(lengths), global_batch):
-        batch = sorted(lengths[start : start + global_batch], key=sum)
-        for first in range(0, len(batch), micro_batch):
-            yield batch[first : first + micro_batch]
+def micro_batches(lengths: Sequence[Lengths], train: TrainConfig) -> Iterator[Sequence[Lengths]]:
+    """As training cuts them on one rank: in a global batch, records of like length stand together."""
+    for start in range(0, len(lengths), train.global_batch_size):
+        batch = sorted(lengths[start : start + train.global_batch_size], key=sum)
+        part: list[Lengths] = []
+        for each in batch:
+            if part and is_full(part, each, train):
+                yield part
+                part = []
+            part.append(each)
+        yield part
+
+
+def is_full(part: Sequence[Lengths], longer: Lengths, train: TrainConfig) -> bool:
+    """Whether a micro-batch has no room for a record that is at least as long as those in it."""
+    if train.micro_batch_tokens is None:
+        return len(part) == train.micro_batch_size
+    return (len(part) + 1) * sum(longer) > train.micro_batch_tokens
 
 
 def lengths_of(data: DataConfig) -> tuple[list[Lengths], int]:

@@ -128,6 +128,11 @@ WRONG = [
         "train.epochs: a whole number of at most 64 bits is expected, got something too",
     ),
     # settings that do not go together
+    ("train.micro_batch_tokens=2147483648", "train.micro_batch_tokens: must be at most 2147483647, got"),
+    (
+        "train.micro_batch_tokens=511",
+        r"train.micro_batch_tokens: must be at least data.max_length \(512\), .*, got 511$",
+    ),
     ("data.max_length=256", r"data.max_prompt_length: must be below max_length \(256\) .*, got 256$"),
     ("data.max_prompt_length=512", r"data.max_prompt_length: must be below max_length \(512\) .*, got 512$"),
     ("eval.generation.max_length=9", r"eval.generation.max_prompt_length: .* below max_length \(9\), got 256$"),

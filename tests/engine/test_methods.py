@@ -15,6 +15,8 @@ from dskd.launch.ranks import free_port, rank_environment
 from dskd.losses import METHODS
 from dskd.train import train_step
 
+TOKENS = ["kd", "dskd_cma", "dskd_v2_eta"]
+"""Methods that also run with micro-batches of so many tokens: nothing, deviations and counts are taken beforehand."""
 WORKER = Path(__file__).parents[1] / "support" / "all_methods.py"
 
 
@@ -26,6 +28,10 @@ def runs(make_run, tmp_path_factory):
     for kind in METHODS:
         (root / kind).mkdir()
         files.append(str(make_run(root / kind, method={"kind": kind}, train={"max_steps": 3, "global_batch_size": 8})))
+    for kind in TOKENS:
+        (root / f"{kind}-tokens").mkdir()
+        train = {"max_steps": 2, "global_batch_size": 8, "micro_batch_tokens": 100}
+        files.append(str(make_run(root / f"{kind}-tokens", method={"kind": kind}, train=train)))
     for stage in (0, 3):
         options = [f"engine.zero_stage={stage}", f"output.name=zero{stage}", "engine.persistence_threshold=0"]
         port = free_port()
@@ -58,7 +64,7 @@ def test_zero_3_trains_to_the_losses_of_zero_0(runs, kind):
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_loss_is_the_same_on_two_ranks_and_on_one(runs, kind, make_run, tmp_path, ranks):
-    """dskd_cma takes a standard deviation over a micro-batch; the global batch is cut alike, whatever the ranks."""
+    """The global batch is cut alike, whatever the ranks: dskd_cma takes a standard deviation over a micro-batch."""
     run = load_run(make_run(tmp_path, method={"kind": kind}, train={"max_steps": 3, "global_batch_size": 8}))
     training = assemble(run, ranks)
     batches = [training.train(indices) for indices in training.plan.micro_batches(0, 0, 1)]
@@ -67,3 +73,19 @@ def test_the_loss_is_the_same_on_two_ranks_and_on_one(runs, kind, make_run, tmp_
     assert all(math.isfinite(value) for value in figures.values())
     assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert figures["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_micro_batches_of_tokens_train_on_two_ranks_as_one_of_all_does_on_one(
+    runs, kind, stage, make_run, tmp_path, ranks
+):
+    sizes = {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 8}
+    training = assemble(load_run(make_run(tmp_path, method={"kind": kind}, train=sizes)), ranks)
+    for step, found in enumerate(runs(f"{kind}-tokens", stage)[:2]):
+        batches = [training.train(indices) for indices in training.plan.micro_batches(step, 0, 1)]
+        expected = train_step(training, step + 1, batches)
+        assert found["padding"] < expected["padding"]
+        for name in ("loss", *training.distiller.method.weights):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5 if step == 0 else 1e-3)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4 if step == 0 else 1e-2)

@@ -68,7 +68,7 @@ MUTANTS = (
     Mutant(
         "accumulated gradients averaged once too often",
         "dskd/train.py",
-        "undo = ranks.world_size * micro_batches",
+        "undo = ranks.world_size * training.engine.gradient_accumulation_steps()",
         "undo = ranks.world_size",
         f"{GRADIENT}[sft-{ONE}-1]",
     ),
@@ -175,9 +175,23 @@ MUTANTS = (
     Mutant(
         "ranks that overlap",
         "dskd/data/loader.py",
-        "range(rank * size, len(batch), world_size * size)",
-        "range(rank * size, len(batch), size)",
+        "parts[rank::world_size]",
+        "parts[rank:]",
         "tests/data/test_loader.py",
+    ),
+    Mutant(
+        "micro-batches of tokens that ranks do not share equally",
+        "dskd/data/budget.py",
+        "-(-least // ranks) * ranks",
+        "least",
+        "tests/data/test_budget.py",
+    ),
+    Mutant(
+        "deviations of the first micro-batch taken for all",
+        "dskd/losses/dskd_cma.py",
+        "for teacher in teachers:",
+        "for teacher in teachers[:1]:",
+        "tests/engine/test_micro_batches.py",
     ),
     Mutant(
         "each token predicted from itself",

@@ -11,7 +11,7 @@ from support.published import QWEN_1_5B, QWEN_72B
 
 from dskd.config.load import load_run
 from dskd.config.run import RunConfig
-from dskd.plan.advice import Verdict, judge, verdict_line
+from dskd.plan.advice import Verdict, judge, smaller_micro_batches, verdict_line
 from dskd.plan.forecast import Forecast
 from dskd.plan.machine import GB, Machine, assumed_machine
 from dskd.plan.memory import phases
@@ -120,6 +120,16 @@ def test_a_batch_that_does_not_divide_is_told(folder):
     assert "train.global_batch_size=60 does not divide over 8 ranks" in verdict_line(plan)
 
 
+def test_micro_batches_of_so_many_tokens_are_counted_and_halved(folder):
+    """Records of 512 tokens: eight of them are 4,096."""
+    records, tokens = (planned(f"train.micro_batch_{key}") for key in ("size=8", "tokens=4096"))
+    assert tokens.asked.step == records.asked.step
+    assert tokens.asked.hours == records.asked.hours
+    assert planned("train.micro_batch_tokens=4096", "train.global_batch_size=60").asked.divides is False
+    tried = smaller_micro_batches(tokens.asked.run)
+    assert [train.micro_batch_tokens for train in tried] == [4096, 2048, 1024, 512]
+
+
 @pytest.mark.parametrize(
     ("override", "phase", "part"),
     [
@@ -128,6 +138,7 @@ def test_a_batch_that_does_not_divide_is_told(folder):
         ("engine.offload=optimizer", "update", "optimizer"),
         ("engine.gradient_checkpointing=true", "loss", "activations"),
         ("train.micro_batch_size=4", "loss", "activations"),
+        ("train.micro_batch_tokens=2048", "loss", "activations"),
         ("engine.loss_memory_mb=64", "loss", "loss"),
         ("student.lora={}", "update", "optimizer"),
         ("method.projectors_only=true", "update", "optimizer"),

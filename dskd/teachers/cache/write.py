@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dskd.config.errors import UserError
 from dskd.config.models import TeacherConfig
-from dskd.config.run import RunConfig
+from dskd.config.run import RunConfig, tokens_at_a_time
 from dskd.data.batch import Batch, collate
 from dskd.data.records import Records, read_records
 from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
@@ -118,7 +118,7 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks, output: Path | None 
             running = load_running(teacher, tokenizer, run.engine.precision, ranks)
             if headless:
                 keep_ends(folder, running.view.ends, ranks)
-            parts = list(batches_of(missing, run.train.micro_batch_size * run.data.max_length))
+            parts = list(batches_of(missing, tokens_at_a_time(run)))
             rounds = max(ranks.gather(len(parts)))
             # A split teacher runs on all ranks or none: one with less to do repeats a record, and keeps nothing of it.
             parts += [[] for _ in range(rounds - len(parts))]
