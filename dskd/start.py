@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dskd.config.errors import UserError
 from dskd.config.hub import find_model
 from dskd.config.run import (
     RunConfig,
@@ -27,6 +28,10 @@ from dskd.teachers.cache.shard import Shard
 
 if TYPE_CHECKING:
     from dskd.plan.measured import Measured
+
+
+RANK_BYTES = 300_000_000
+"""Of a process that has imported torch, DeepSpeed and transformers."""
 
 
 def start_training(run: RunConfig, force: bool) -> None:
@@ -100,6 +105,7 @@ def measure_run(run: RunConfig) -> "Measured | None":
     if "RANK" not in os.environ:
         processes = run.launch.processes or gpus()
         accumulation_steps(run, processes)
+        refuse_too_many(processes, "launch.processes")
         # On a CPU: what is freed goes back to the system at once, so that what is in use is counted and nothing else.
         os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "10000000"}
         raise SystemExit(run_processes(sys.argv[1:], processes))
@@ -133,7 +139,7 @@ def start_evaluation(
     check_folder("--output", folder)
     check_length("--max-length", settings.max_length, model)
     if "RANK" not in os.environ:
-        start_ranks(processes or gpus())
+        start_ranks(processes or gpus(), "--processes")
     from dskd.engine import distributed
     from dskd.evaluate import evaluate
 
@@ -194,13 +200,28 @@ def gpus() -> int:
     return max(1, visible_gpus())
 
 
-def start_ranks(processes: int) -> None:
-    """Run this very command as several ranks and leave with their exit code; one process is this one."""
+def start_ranks(processes: int, key: str = "launch.processes") -> None:
+    """Run this very command as several ranks and leave with their exit code; one process is this one.
+
+    Raises `UserError` for more than this machine has memory for; `key` says how many there are.
+    """
     from dskd.launch.ranks import free_port, rank_environment, run_processes
 
     if processes > 1:
+        refuse_too_many(processes, key)
         raise SystemExit(run_processes(sys.argv[1:], processes))
     os.environ |= rank_environment(0, 1, free_port())
+
+
+def refuse_too_many(processes: int, key: str) -> None:
+    from dskd.plan.machine import GB, memory_of_this_machine
+
+    needed, there = processes * RANK_BYTES, memory_of_this_machine()
+    if needed > there:
+        raise UserError(
+            f"{key}: {processes} processes take {needed / GB:.0f} GB before they hold any model, and this machine has "
+            f"{there / GB:.0f} GB"
+        )
 
 
 def leave(code: str | int | None) -> NoReturn:

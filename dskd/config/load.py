@@ -249,7 +249,9 @@ def exactly(kind: type, accepted: tuple[type, ...], name: str) -> Any:
 
 
 def path(value: Any, _: type) -> Path:
-    found = Path(exactly(str, (str,), "a path")(value, str)).absolute()
+    """Absolute; ~ is the home folder, which a shell leaves alone in the middle of a word."""
+    typed: str = exactly(str, (str,), "a path")(value, str)
+    found = Path(os.path.expanduser(typed)).absolute()  # noqa: PTH111 (Path raises where there is no such user)
     if len(os.fsencode(found)) > 1024 or any(len(os.fsencode(part)) > 255 for part in found.parts):
         raise ValueError(f"a path of at most 1024 bytes, 255 for each name, is expected, got {shown(value)}")
     return found

@@ -211,7 +211,9 @@ def check_model_folder(key: str, folder: Path) -> None:
     require(
         config or not adapter, key, f"{folder} is a LoRA adapter; {key} takes the whole model that it is for{whole}"
     )
-    require(config, key, f"no config.json in {folder}")
+    with looked_at(key):
+        best = f"; it is a run's directory, and its best model is {folder / BEST}" if holds_run(folder) else ""
+    require(config, key, f"no config.json in {folder}{best}")
     with looked_at(key):
         weights = any(folder.glob("*.safetensors"))
     require(weights, key, f"no weights in {folder}: a .safetensors file is expected (pickled .bin files are not read)")
@@ -219,11 +221,21 @@ def check_model_folder(key: str, folder: Path) -> None:
         check_object(key, folder / name)
 
 
-def require_folder(key: str, folder: Path) -> None:
-    """Raise `UserError` where a model's folder is not there."""
-    name, hint = hub_name(folder), "a downloaded Hugging Face model is expected"
+def holds_run(folder: Path) -> bool:
+    """Whether a run has saved its best model there."""
+    return (folder / "run.yaml").is_file() and (folder / BEST).is_dir()
+
+
+def require_folder(key: str, folder: Path, enough: str = "") -> None:
+    """Raise `UserError` where a model's folder is not there.
+
+    Args:
+        enough: the one file of the model that is needed; empty: all of it.
+    """
+    name = hub_name(folder)
+    hint = f"a folder with a model's {enough} is enough" if enough else "a downloaded Hugging Face model is expected"
     if name is not None:
-        hint = f"nor is {name} in {cache_folder()}; to download it: hf download {name}"
+        hint = f"nor is {name} in {cache_folder()}; to download it: {f'hf download {name} {enough}'.rstrip()}"
     with looked_at(key):
         require(folder.is_dir(), key, f"no such folder: {folder} ({hint})")
 

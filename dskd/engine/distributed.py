@@ -121,7 +121,10 @@ def start(flags: Flags | None = None, minutes: float = LONGEST_MINUTES) -> Ranks
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        place = int(os.environ.get("LOCAL_RANK", rank))
+        if place >= visible_gpus():
+            raise UserError(f"launch.processes: {place + 1} are more than the {visible_gpus()} GPUs of this machine")
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
     # DeepSpeed calls two collectives by names that torch means to retire, and would be told so at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")

@@ -106,7 +106,7 @@ def verdict_line(found: Verdict) -> str:
     if found.asked.fits:
         return state(found)
     if found.advice is None:
-        return f"{state(found)}; nothing that fits was found on up to {found.asked.machine.most_nodes} nodes"
+        return f"{state(found)}; nothing that fits was found on up to {nodes_told(found.asked.machine.most_nodes)}"
     return f"{state(found)}; {' '.join(found.advice.changes)} would: {told(found.advice.forecast)}"
 
 
@@ -126,9 +126,12 @@ def told(forecast: Forecast) -> str:
     unit = "GPU" if machine.on_gpu else "process"
     needed = max(forecast.memory.total, forecast.making)
     teacher = f" with the {forecast.backend} teacher" if forecast.models.teacher is not None else ""
-    nodes = f"{machine.nodes} node{'s' if machine.nodes > 1 else ''}"
     memory = f"{gigabytes(needed)} of {gigabytes(machine.memory)} GB a {unit}{teacher}"
-    return f"{memory}; {hours_told(forecast.hours)} on {nodes}"
+    return f"{memory}; {hours_told(forecast.hours)} on {nodes_told(machine.nodes)}"
+
+
+def nodes_told(nodes: int) -> str:
+    return f"{nodes} node{'s' if nodes > 1 else ''}"
 
 
 def gigabytes(number: int) -> str:

@@ -13,7 +13,7 @@ from dskd.plan.lora import adapter_weights
 from dskd.plan.machine import GB, Machine
 from dskd.plan.memory import Parts, Step, peak, teacher_held, teacher_running
 from dskd.plan.models import Models
-from dskd.plan.time import run_seconds
+from dskd.plan.time import run_flops, run_seconds
 
 BACKENDS: tuple[TeacherBackend, ...] = ("resident", "sharded", "cache")
 STATE_BYTES = 12
@@ -127,6 +127,11 @@ class Forecast:
         checkpointing = self.run.engine.gradient_checkpointing
         seconds = run_seconds(self.models, self.machine, self.backend, checkpointing, self.step.size)
         return self.correction.hours * seconds / 3600
+
+    @cached_property
+    def flops(self) -> float:
+        """Of the whole run on all ranks, the making of a cache included."""
+        return run_flops(self.models, self.machine, self.backend, self.run.engine.gradient_checkpointing)
 
     @property
     def divides(self) -> bool:

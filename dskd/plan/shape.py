@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.config.errors import UserError, shown
+from dskd.config.run import require_folder
 
 LONGEST_HEADER = 2**27
 """Bytes of a safetensors file's header; one of a 72B model has 40 kB."""
@@ -73,6 +74,7 @@ def read_shape(folder: Path, key: str) -> ModelShape:
     Raises:
         UserError: naming `key`, where there is no config.json, or it describes something else than a plain decoder.
     """
+    require_folder(key, folder, "config.json")
     file = folder / "config.json"
     try:
         config = json.loads(file.read_bytes())

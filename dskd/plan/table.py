@@ -7,11 +7,13 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from dskd.plan.advice import Verdict, gigabytes, hours_told, state, told
+from dskd.config.hub import model_name
+from dskd.plan.advice import Verdict, gigabytes, hours_told, nodes_told, state, told
 from dskd.plan.forecast import Forecast
 from dskd.plan.memory import activations
 
 WIDTH = 100
+UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"))
 PARTS = ("weights", "gradients", "optimizer", "activations", "teacher", "loss", "other")
 
 
@@ -27,10 +29,11 @@ def show_plan(found: Verdict) -> None:
 
 def heading(asked: Forecast) -> Iterator[str]:
     run, workload = asked.run, asked.models.workload
-    teacher = f"{run.teacher.path.name} -> " if run.teacher is not None and asked.models.teacher is not None else ""
+    taught = run.teacher is not None and asked.models.teacher is not None
+    teacher = f"{model_name(run.teacher.path)} -> " if run.teacher is not None and taught else ""
     how = f"{run.method.kind}, {run.engine.precision}, ZeRO-{run.engine.zero_stage}"
     steps = f"{workload.steps} steps of {run.train.global_batch_size} records ({workload.epochs:g} epochs)"
-    yield f"{teacher}{run.student.path.name}, {how}; {steps}"
+    yield f"{teacher}{model_name(run.student.path)}, {how}; {steps}"
     source = "4 characters a token" if workload.known else "no file: as long as may be"
     yield (
         f"{workload.records} records ({source}): {millions(workload.padded_tokens)} padded tokens an epoch, "
@@ -58,9 +61,8 @@ def table(found: Verdict) -> Table:
 def row(forecast: Forecast, asked: bool) -> list[str]:
     parts = forecast.memory
     nodes = forecast.nodes_needed
-    name = forecast.backend if forecast.models.teacher is not None else "none"
     return [
-        f"{name}{'*' if asked else ''}",
+        f"{name_of(forecast)}{'*' if asked else ''}",
         *(gigabytes(getattr(parts, name)) for name in PARTS),
         gigabytes(parts.total),
         gigabytes(forecast.host) if forecast.host else "-",
@@ -70,10 +72,23 @@ def row(forecast: Forecast, asked: bool) -> list[str]:
     ]
 
 
+def name_of(forecast: Forecast) -> str:
+    return forecast.backend if forecast.models.teacher is not None else "none"
+
+
+def flops_told(flops: float) -> str:
+    """Floating point operations, in the largest unit of which there is at least one."""
+    unit, name = next(((unit, name) for unit, name in UNITS if flops >= unit), UNITS[-1])
+    return f"{flops / unit:.1f} {name}FLOP"
+
+
 def notes(found: Verdict) -> Iterator[str]:
     asked = found.asked
     machine = asked.machine
-    yield f"* as the run asks, on launch.nodes={machine.nodes}; host, disk: GB; nodes: the fewest on which it fits so"
+    where = f"launch.nodes={machine.nodes}" if machine.on_gpu else "this machine alone"
+    yield f"* as the run asks, on {where}; host, disk: GB; nodes: the fewest on which it fits so"
+    work = ", ".join(f"{flops_told(forecast.flops)} {name_of(forecast)}" for forecast in found.forecasts)
+    yield f"work of all ranks together: {work}"
     engine = asked.run.engine
     without, with_ = (
         gigabytes(activations(replace(asked.step, engine=replace(engine, gradient_checkpointing=checkpointing))))
@@ -86,7 +101,7 @@ def notes(found: Verdict) -> Iterator[str]:
             yield f"the cache: {size} GB; made once, in {making} GB a rank with the teacher split over {machine.ranks}"
     yield state(found)
     if found.advice is None:
-        yield f"best: none was found that fits, on up to {machine.most_nodes} nodes"
+        yield f"best: none was found that fits, on up to {nodes_told(machine.most_nodes)}"
     elif found.advice.changes:
         yield f"best: {' '.join(found.advice.changes)}"
         yield f"      {told(found.advice.forecast)}"

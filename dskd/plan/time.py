@@ -31,26 +31,50 @@ def steps_seconds(models: Models, machine: Machine, backend: TeacherBackend, che
     return epochs * (teacher + student_seconds(models, machine, checkpointing)) + head_seconds(models, machine)
 
 
+def run_flops(models: Models, machine: Machine, backend: TeacherBackend, checkpointing: bool) -> float:
+    """Of a whole run on all ranks, the making of its cache included."""
+    epochs = models.workload.epochs
+    passes = 1.0 if backend == "cache" else epochs
+    student = epochs * student_flops(models, checkpointing)
+    return passes * teacher_flops(models) + student + machine.ranks * head_flops(models, machine)
+
+
 def student_seconds(models: Models, machine: Machine, checkpointing: bool) -> float:
+    """Of an epoch in the student's body."""
+    share = TRAINED_SHARE if machine.on_gpu else CPU_SHARE
+    return student_flops(models, checkpointing) / (machine.ranks * machine.flops * share)
+
+
+def student_flops(models: Models, checkpointing: bool) -> float:
     """Of an epoch in the student's body: a backward costs two forwards, and checkpointing one forward more."""
     passes = 4 if checkpointing else 3
-    flops = passes * models.workload.padded_tokens * forward_flops(models.student, models.workload.longest)
-    return flops / (machine.ranks * machine.flops * (TRAINED_SHARE if machine.on_gpu else CPU_SHARE))
+    return passes * models.workload.padded_tokens * forward_flops(models.student, models.workload.longest)
 
 
 def head_seconds(models: Models, machine: Machine) -> float:
-    """Of all steps in heads and projectors; what a step costs whatever its batch, every rank does at once."""
+    """Of all steps in heads and projectors."""
+    return head_flops(models, machine) / (machine.flops * (FROZEN_SHARE if machine.on_gpu else CPU_SHARE))
+
+
+def head_flops(models: Models, machine: Machine) -> float:
+    """Of all steps in heads and projectors on a rank; what a step costs whatever its batch, every rank does."""
     workload, method = models.workload, models.method
-    flops = workload.epochs * workload.response_tokens * method.head_flops / machine.ranks
-    flops += workload.steps * method.step_flops
-    return flops / (machine.flops * (FROZEN_SHARE if machine.on_gpu else CPU_SHARE))
+    tokens = workload.epochs * workload.response_tokens / machine.ranks
+    return tokens * method.head_flops + workload.steps * method.step_flops
+
+
+def teacher_flops(models: Models) -> float:
+    """Of the teacher, once over the records."""
+    if models.teacher is None:
+        return 0.0
+    return models.workload.padded_tokens * forward_flops(models.teacher, models.workload.longest)
 
 
 def teacher_seconds(models: Models, machine: Machine, backend: TeacherBackend, size: int) -> float:
     """Of the teacher, once over the records; one that is split travels to every rank once a step meanwhile."""
     if models.teacher is None:
         return 0.0
-    flops = models.workload.padded_tokens * forward_flops(models.teacher, models.workload.longest)
+    flops = teacher_flops(models)
     computing = flops / (machine.ranks * machine.flops * (FROZEN_SHARE if machine.on_gpu else CPU_SHARE))
     if backend != "sharded" or not machine.on_gpu:
         return computing

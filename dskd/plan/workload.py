@@ -41,7 +41,7 @@ class Workload:
 
 def workload_of(run: RunConfig) -> Workload:
     """Raises `UserError` for a first record that is none."""
-    lengths, records = lengths_of(run.data) if run.data.train.is_file() else ([], UNKNOWN_RECORDS)
+    lengths, records = lengths_of(run.data) if run.data.train.exists() else ([], UNKNOWN_RECORDS)
     known = bool(lengths)
     data, train = run.data, run.train
     if not known:

@@ -13,6 +13,7 @@ import pytest
 import dskd.start
 from dskd.cli import main
 from dskd.config.load import load_run, to_yaml
+from dskd.plan.machine import GB
 
 LINES = [
     line for line in (Path(__file__).parent / "mistakes.txt").read_text().splitlines() if line[:1] not in ("", "#")
@@ -25,6 +26,7 @@ method: {kind: dskd_cma}
 train: {global_batch_size: 2, micro_batch_size: 2}
 launch: {processes: 1}
 """
+SHAPE = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
 TEXTS = {
     "run.yaml": RUN,
     "other.yaml": RUN,
@@ -85,8 +87,8 @@ def inputs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("mistakes")
     texts = dict(TEXTS)
     for model, positions in (("student", 1024), ("teacher", 2048), ("small", 64)):
-        texts[f"{model}/config.json"] = json.dumps({"max_position_embeddings": positions})
-        texts[f"{model}/model.safetensors"] = ""
+        texts[f"{model}/config.json"] = json.dumps(SHAPE | {"max_position_embeddings": positions})
+        texts[f"{model}/model.safetensors"] = "\x02\0\0\0\0\0\0\0{}"
     for name, text in texts.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -115,7 +117,9 @@ def typed(inputs, monkeypatch, capfd):
     monkeypatch.setenv("HF_HUB_CACHE", str(inputs / "hub"))
     for name in ("RANK", "WORLD_SIZE", "FORCE_COLOR", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dskd.start, "start_ranks", taken)
+    for name in ("run_processes", "free_port"):
+        monkeypatch.setattr(f"dskd.launch.ranks.{name}", taken)
+    monkeypatch.setattr("dskd.plan.machine.memory_of_this_machine", lambda: 32 * GB)
     monkeypatch.setattr(dskd.start, "gpus", lambda: 1)
 
     def run(arguments: str) -> tuple[int, str, str]:

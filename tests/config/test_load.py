@@ -216,3 +216,10 @@ def test_line_breaks_and_control_characters_are_refused(write, key, text):
     with pytest.raises(UserError, match=f"{key}: .* without line breaks and control characters is expected") as raised:
         load_run(file)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_the_home_folder_may_be_written_short(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = load_run(write("run.yaml"), ["data.train=~/a.jsonl", "output.root=~none/b"])
+    assert run.data.train == tmp_path / "a.jsonl"
+    assert run.output.root == Path.cwd() / "~none/b"  # no such user

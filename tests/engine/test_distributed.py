@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from dskd.config.errors import UserError
 from dskd.config.training import TrainConfig
+from dskd.engine import distributed
 from dskd.engine.distributed import Ranks
 from dskd.engine.preemption import Decision, Flags, Stopped
 from dskd.start import longest
@@ -81,3 +82,12 @@ def test_collectives_outlast_whatever_a_rank_may_be_busy_with(ranks):
     group = dist.group.WORLD._get_backend(torch.device("cpu"))
     assert group.options._timeout == ranks.timeout == timedelta(minutes=2 * TrainConfig().save_minutes)
     assert longest(TrainConfig(save_minutes=300.0)) == 300.0
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch):
+    for name, value in {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "visible_gpus", lambda: 2)
+    with pytest.raises(UserError, match=r"^launch.processes: 3 are more than the 2 GPUs of this machine"):
+        distributed.start()

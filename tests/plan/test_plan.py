@@ -1,6 +1,7 @@
 """What a plan says: memory by backend, nodes, what to change, in one screen and in one line."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,12 +11,14 @@ import pytest
 from support.published import QWEN_1_5B, QWEN_72B
 
 from dskd.config.load import load_run
+from dskd.config.recipes import recipes_folder
 from dskd.config.run import RunConfig
 from dskd.plan.advice import Verdict, judge, smaller_micro_batches, verdict_line
 from dskd.plan.forecast import Forecast
 from dskd.plan.machine import GB, Machine, assumed_machine
 from dskd.plan.memory import phases
 from dskd.plan.models import read_models
+from dskd.plan.table import flops_told, show_plan
 from dskd.plan.workload import workload_of
 
 RUN = """
@@ -166,3 +169,45 @@ def test_a_student_alone_has_one_row(folder):
     (only,) = plan.forecasts
     assert only.memory.teacher == 0
     assert "teacher" not in verdict_line(plan)
+
+
+def test_the_table_in_readme_is_what_it_prints(folder, monkeypatch, capsys):
+    """From configurations in the hub's cache alone."""
+    shown = (Path(__file__).parents[2] / "README.md").read_text().split("$ dskd plan ")[1].partition("```")[0]
+    command, *lines = shown.splitlines()
+    run_file, *overrides = shlex.split(command)
+    for name in ("Qwen2.5-72B", "Qwen2.5-1.5B"):
+        model = folder / f"hub/models--Qwen--{name}"
+        for below in ("refs", "snapshots"):
+            (model / below).mkdir(parents=True)
+        (model / "refs/main").write_text("abc")
+        (folder / name).rename(model / "snapshots/abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder / "hub"))
+    run = load_run(recipes_folder().parent / run_file, overrides)
+    show_plan(judge(run, assumed_machine(run), read_models(run)))
+    printed = iter(capsys.readouterr().out.splitlines())
+    for line in lines:
+        assert line == "..." or line in printed, line  # in this order
+
+
+def test_work_is_that_of_the_matrix_products(folder):
+    made = by_backend(planned())
+    tokens = 20 * made["cache"].models.workload.padded_tokens
+    bodies = [2 * forecast.body_weights for forecast in (made["cache"].models.teacher, made["cache"].models.student)]
+    least = tokens * (bodies[0] + 3 * bodies[1])
+    assert least < made["resident"].flops < 1.2 * least
+    assert made["sharded"].flops == made["resident"].flops
+    assert made["resident"].flops - made["cache"].flops == pytest.approx(19 / 20 * tokens * bodies[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flops", "text"), [(3.4e18, "3.4 EFLOP"), (9.99e14, "999.0 TFLOP"), (1e15, "1.0 PFLOP"), (5e6, "0.0 GFLOP")]
+)
+def test_work_is_told_in_a_fitting_unit(flops, text):
+    assert flops_told(flops) == text
+
+
+def test_records_that_are_no_file_are_told(folder):
+    (folder / "train.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"train\.jsonl: cannot be read: Is a directory"):
+        planned()
