@@ -22,9 +22,9 @@ from dskd.config.run import (
 )
 from dskd.config.stopping import UNFINISHED
 from dskd.config.training import GenerationConfig, TrainConfig
+from dskd.data.shard import Shard
 from dskd.engine.preemption import Flags, Phase, Stopped, watch_signals
 from dskd.rundir.layout import RunDirectory, evaluation_of
-from dskd.teachers.cache.shard import Shard
 
 if TYPE_CHECKING:
     from dskd.plan.measured import Measured
@@ -141,7 +141,7 @@ def start_evaluation(
     if "RANK" not in os.environ:
         start_ranks(processes or gpus(), "--processes")
     from dskd.engine import distributed
-    from dskd.evaluate import evaluate
+    from dskd.evaluation.evaluate import evaluate
 
     ranks = distributed.start()
     results = evaluate(model, data, seeds, settings, precision, folder, ranks, bos)

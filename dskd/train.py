@@ -22,7 +22,7 @@ from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import LOG, Monitor
 from dskd.engine.preemption import Stopped, ignore_signals
 from dskd.engine.zero import accumulate, gathered, set_learning_rates, step_at_boundary
-from dskd.evaluate import answer_all, mean_scores
+from dskd.evaluation.answers import Answering, answer_all, mean_scores
 from dskd.losses.tensors import LossOutput, ScaleParts, Sum, Tokens
 from dskd.models.views import response_tokens
 from dskd.rundir.layout import ModelName, RunDirectory
@@ -270,7 +270,8 @@ def evaluate_dev(training: Training) -> Scores:
     rougel = exact_match = None
     if run.eval.generate:
         student, dev, generation = training.distiller.student, training.dev, run.eval.generation
-        answers = answer_all(student, dev.student, dev.records, generation, run.train.seed, ranks, run.data.bos)
+        answering = Answering(student, dev.student, generation, ranks, run.data.bos)
+        answers = answer_all(answering, dev.records, run.train.seed)
         rougel, exact_match = mean_scores(answers)
     engine.train()
     return Scores(means["ce"], means["accuracy"], rougel, exact_match)

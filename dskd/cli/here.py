@@ -131,8 +131,8 @@ def cache(
     teacher.cache_precision. Exit code 75 means that it was asked to stop: the same command goes on.
     """
     from dskd.config.load import load_run
+    from dskd.data.shard import Shard
     from dskd.start import start_caching
-    from dskd.teachers.cache.shard import Shard
 
     start_caching(load_run(run_file, overrides or []), Shard.parse(shard), output)
 

@@ -69,7 +69,7 @@ class GenerationConfig:
     max_prompt_length: int = 256
     """Tokens of the prompt; longer prompts lose their beginning."""
     batch_size: int = 16
-    """Prompts that one rank generates for at a time."""
+    """Prompts of max_length, answer included, that one rank holds at a time; of shorter ones as many as are as long."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", f"must be above 0, got {self.temperature}")

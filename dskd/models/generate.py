@@ -1,79 +1,189 @@
-"""Answers of a model to prompts of token ids, whatever shards it and whatever its folder says about generation."""
+"""Answers of a model to prompts of token ids, whatever shards it and whatever its folder says about generation.
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+Prompts of like length stand in a batch, rows that have ended leave it, and each answer draws its random numbers from a
+stream of its own. So a batch is as full as its memory allows, and what is answered follows from the prompts, the
+settings and the seed alone.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig as HfGenerationConfig
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, TopPLogitsWarper
 
+from dskd.config.errors import UserError
 from dskd.config.training import GenerationConfig
-from dskd.data.tokenization import Tokenizer
+from dskd.data.tokenization import Limits, Tokenizer, tokenize_prompt
 from dskd.engine.distributed import Ranks
 
+FIRST_TOKENS = 64
+"""Tokens of an answer that a batch has room for from its start; most answers end before, and their rows leave."""
 
+
+@dataclass(frozen=True)
+class Prompt:
+    index: int
+    """Number of its record: with the seed it decides the random numbers of the answer."""
+    ids: tuple[int, ...]
+    budget: int
+    """Tokens of the answer at most, EOS included."""
+
+
+def make_prompt(tokenizer: Tokenizer, index: int, text: str, limits: Limits) -> Prompt:
+    """A record's prompt; one without any token starts from one EOS."""
+    ids = tokenize_prompt(tokenizer, text, limits) or [tokenizer.eos_token_id]
+    return Prompt(index, tuple(ids), max(1, limits.max_length - len(ids)))
+
+
+def room_of(settings: GenerationConfig) -> int:
+    """Tokens of prompts and answers, padding included, that a process holds at a time."""
+    return settings.batch_size * settings.max_length
+
+
+def token_batches(prompts: Sequence[Prompt], settings: GenerationConfig) -> list[list[Prompt]]:
+    """Batches of prompts of like length, as many as there is room for; the longest first, which need the most memory.
+
+    A pure function of its arguments: the answers depend on the batches a little, by rounding, and must not depend on
+    who answers them.
+    """
+    batches: list[list[Prompt]] = []
+    answer = 0
+    for prompt in sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.index)):
+        answer = max(answer, min(prompt.budget, FIRST_TOKENS))
+        if not batches or (len(batches[-1]) + 1) * (len(batches[-1][0].ids) + answer) > room_of(settings):
+            batches.append([])
+            answer = min(prompt.budget, FIRST_TOKENS)
+        batches[-1].append(prompt)
+    return batches
+
+
+@dataclass
+class Row:
+    """A prompt, and its answer so far."""
+
+    prompt: Prompt
+    uniforms: NDArray[np.float64]  # [budget], in [0, 1): one for each token
+    answer: list[int] = field(default_factory=list)
+
+    def is_open(self, eos: int) -> bool:
+        return len(self.answer) < self.prompt.budget and self.answer[-1:] != [eos]
+
+
+@torch.no_grad()
 def generate(
-    model: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], settings: GenerationConfig, ranks: Ranks
-) -> list[str]:
-    """Answers to prompts of token ids, padded on the left so that all end where generation begins."""
-    longest = max(1, *(len(p) for p in prompts))
-    # Padding is masked, whatever its id; a prompt without any token starts from one EOS.
-    pad = tokenizer.eos_token_id
-    input_ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        if prompt:
-            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, longest - max(1, len(prompt)) :] = 1
-    # max_length counts a prompt's own tokens, not its padding: each row is cut to what its prompt leaves.
-    budgets = [max(1, settings.max_length - max(1, len(prompt))) for prompt in prompts]
-    sampling = {} if settings.greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    wanted = HfGenerationConfig(
-        max_new_tokens=max(budgets),
-        do_sample=not settings.greedy,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad,
-        use_cache=True,
-        **sampling,
-    )
-    with own_generation_settings(model, wanted):
-        generated = model.generate(
-            input_ids=input_ids.to(ranks.device),
-            attention_mask=attention_mask.to(ranks.device),
-            synced_gpus=is_partitioned(model),
-            stopping_criteria=StoppingCriteriaList([StopWhenAsked(ranks)]),
-        )
-    answers = generated[:, longest:].tolist()
-    cut = [answer[:budget] for answer, budget in zip(answers, budgets, strict=True)]
-    texts: list[str] = tokenizer.batch_decode(cut, skip_special_tokens=True)
-    return texts
+    model: Any, prompts: Sequence[Prompt], settings: GenerationConfig, seed: int, eos: int, ranks: Ranks
+) -> list[list[int]]:
+    """Token ids of the answers to a batch of prompts, with the EOS that ends them. A collective call under ZeRO-3.
+
+    Where the batch outgrows its room, half of its rows wait and are run again after the others, from the tokens that
+    they have. After a request to stop the answers are cut short, and must not be used.
+    """
+    rows = [Row(prompt, uniform_numbers(seed, prompt)) for prompt in prompts]
+    waiting = [rows]
+    running: Running | None = None
+    while any_rank(bool(running or waiting), model, ranks):
+        ranks.flags.moved()
+        if ranks.flags.stop_requested:
+            waiting, running = [], None
+        if running is None:
+            # Under ZeRO-3 a rank that has nothing to do runs a token along with the others.
+            running = Running(model, waiting.pop() if waiting else [Row(Prompt(0, (eos,), 1), np.zeros(1))], ranks)
+        tokens = choose(running.logits(), running.uniforms(), settings)
+        for row, token in zip(running.rows, tokens.tolist(), strict=True):
+            row.answer.append(token)
+        still = [number for number, row in enumerate(running.rows) if row.is_open(eos)]
+        if len(still) * (running.width + 1) > room_of(settings):
+            half = (len(still) + 1) // 2
+            waiting.append([running.rows[number] for number in still[half:]])
+            still = still[:half]
+        if still:
+            running.go_on(still, tokens)
+        else:
+            running = None
+    return [row.answer for row in rows]
 
 
-class StopWhenAsked(StoppingCriteria):  # type: ignore[misc]
-    """Ends generation at the next token when this rank was asked to stop; the answers are not used then."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **unused: Any) -> Tensor:
-        self.ranks.flags.moved()
-        return torch.full((len(input_ids),), self.ranks.flags.stop_requested, device=input_ids.device)
-
-
-@contextmanager
-def own_generation_settings(model: Any, wanted: HfGenerationConfig) -> Iterator[None]:
-    """Inside, nothing of the folder's generation_config.json counts: transformers fills what it is not told from it."""
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    before, causal.generation_config = causal.generation_config, wanted
-    try:
-        yield
-    finally:
-        causal.generation_config = before
+def any_rank(works: bool, model: nn.Module, ranks: Ranks) -> bool:
+    """Whether this rank works; under ZeRO-3, where a forward is a collective, whether any does."""
+    return ranks.sum_int(int(works)) > 0 if is_partitioned(model) and ranks.world_size > 1 else works
 
 
 def is_partitioned(model: nn.Module) -> bool:
     """Whether ZeRO-3 shards the model, so that every rank must run as many forwards as the slowest."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+class Running:
+    """Rows whose tokens, but for the last, are in a model's cache; padded on the left, so that all end together."""
+
+    def __init__(self, model: Any, rows: Sequence[Row], ranks: Ranks) -> None:
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model, self.rows = model, list(rows)
+        self.takes = inspect.signature(causal.forward).parameters
+        if not {"past_key_values", "cache_params"} & self.takes.keys():
+            raise UserError(f"{type(causal).__name__} takes no cache, without which dskd does not generate")
+        self.cache = DynamicCache(config=causal.config)
+        texts = [(*row.prompt.ids, *row.answer) for row in rows]
+        longest = max(map(len, texts))
+        input_ids = torch.zeros(len(texts), longest, dtype=torch.int64)  # padding is masked, whatever its id
+        mask = torch.zeros_like(input_ids)
+        for number, text in enumerate(texts):
+            input_ids[number, longest - len(text) :] = torch.tensor(text)
+            mask[number, longest - len(text) :] = 1
+        self.input_ids, self.mask = input_ids.to(ranks.device), mask.to(ranks.device)
+
+    @property
+    def width(self) -> int:
+        return self.mask.shape[1]
+
+    def logits(self) -> Tensor:
+        """Logits [B, V] of each row's next token, fp32."""
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -self.input_ids.shape[1] :]
+        # Some models know their place by other means, and state-space models name their cache otherwise.
+        given = {
+            "position_ids": positions,
+            "logits_to_keep": 1,
+            "past_key_values": self.cache,
+            "cache_params": self.cache,
+        }
+        options = {name: value for name, value in given.items() if name in self.takes}
+        output = self.model(input_ids=self.input_ids, attention_mask=self.mask, use_cache=True, **options)
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+    def uniforms(self) -> Tensor:
+        """The random number [B] of each row's next token."""
+        numbers = [row.uniforms[len(row.answer)] for row in self.rows]
+        return torch.tensor(numbers, dtype=torch.float64, device=self.mask.device)
+
+    def go_on(self, still: Sequence[int], tokens: Tensor) -> None:
+        """Take the new `tokens` [B] of all rows, and keep the rows `still` alone."""
+        if len(still) < len(self.rows):
+            kept = torch.tensor(still, device=tokens.device)
+            self.cache.reorder_cache(kept)
+            self.rows, self.mask, tokens = [self.rows[number] for number in still], self.mask[kept], tokens[kept]
+        self.input_ids = tokens[:, None]
+        self.mask = torch.cat([self.mask, torch.ones_like(self.input_ids)], dim=1)
+
+
+def uniform_numbers(seed: int, prompt: Prompt) -> NDArray[np.float64]:
+    """What the answer with this seed is sampled with, whatever else is answered beside or before it."""
+    return np.random.Generator(np.random.Philox(key=[seed, prompt.index])).random(prompt.budget)
+
+
+def choose(logits: Tensor, uniforms: Tensor, settings: GenerationConfig) -> Tensor:
+    """Token ids [B] for logits [B, V]: the most probable, or the token at which the summed probability passes u [B]."""
+    if settings.greedy:
+        return logits.argmax(dim=-1)
+    logits = logits / settings.temperature
+    if settings.top_p < 1:
+        logits = TopPLogitsWarper(settings.top_p)(None, logits)
+    summed = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    found = torch.searchsorted(summed, (uniforms * summed[:, -1])[:, None], right=True)
+    return found[:, 0].clamp(max=logits.shape[1] - 1)

@@ -21,11 +21,11 @@ from dskd.assemble import Training, assemble
 from dskd.config.load import load_run, override
 from dskd.config.run import RunConfig
 from dskd.data.loader import Steps, load_steps
+from dskd.data.shard import Shard
 from dskd.engine import distributed
 from dskd.engine.distributed import Ranks
 from dskd.launch.ranks import free_port, rank_environment
 from dskd.quickstart import write_student, write_teacher
-from dskd.teachers.cache.shard import Shard
 from dskd.teachers.cache.write import write_cache
 from dskd.train import train_step
 

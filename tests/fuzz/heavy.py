@@ -20,6 +20,7 @@ from support.tiny import Tiny
 
 from dskd.checkpoint.shards import NOTES, WEIGHT, PieceReader
 from dskd.config.errors import UserError
+from dskd.data.shard import Shard
 from dskd.data.vocabulary_map import VocabularyMap, load, save
 from dskd.models.load import load_causal_lm, load_checkpoint, load_projectors, load_tokenizer, merge_adapter
 from dskd.models.views import ModelView
@@ -27,7 +28,6 @@ from dskd.teachers.cache.ends import read_ends, tensors_of, write_ends
 from dskd.teachers.cache.folder import CacheFolder
 from dskd.teachers.cache.pieces import damage, open_piece, write_piece
 from dskd.teachers.cache.precision import encode
-from dskd.teachers.cache.shard import Shard
 from fuzz.mutations import Mutate, of_bytes, of_json, of_safetensors
 from fuzz.run import Target
 

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dskd.assemble import assemble
 from dskd.config.errors import UserError
 from dskd.config.load import load_run, to_yaml
+from dskd.data.shard import Shard
 from dskd.rundir.layout import RunDirectory
 from dskd.rundir.shard import read_shard, settings_sum, write_shard
 from dskd.teachers.cache import write
-from dskd.teachers.cache.shard import Shard
 
 FORK = multiprocessing.get_context("fork")
 CACHED = "teacher.backend=cache"

@@ -7,9 +7,9 @@ from dskd.assemble import assemble, plan_of
 from dskd.config.load import load_run
 from dskd.data.loader import Steps, load_steps
 from dskd.data.records import read_records
+from dskd.data.shard import Shard
 from dskd.losses import METHODS
 from dskd.teachers.cache import write
-from dskd.teachers.cache.shard import Shard
 from dskd.train import train, train_step
 
 TAUGHT = [kind for kind in METHODS if kind != "sft"]

@@ -9,13 +9,13 @@ from transformers import AutoTokenizer
 from dskd.config.changes import changed, harmful
 from dskd.config.errors import UserError
 from dskd.config.load import load_run
+from dskd.data.shard import Shard
 from dskd.plan.forecast import Forecast
 from dskd.plan.machine import assumed_machine
 from dskd.plan.memory import teacher_held
 from dskd.plan.models import read_models
 from dskd.teachers import resident
 from dskd.teachers.cache.folder import CacheFolder, describe, differences
-from dskd.teachers.cache.shard import Shard
 from dskd.teachers.cache.write import write_cache
 from dskd.teachers.resident import load_resident
 

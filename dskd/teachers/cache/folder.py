@@ -11,10 +11,10 @@ from typing import Any
 from dskd.config.errors import UserError
 from dskd.config.models import TeacherConfig
 from dskd.config.run import RunConfig
+from dskd.data.shard import Shard
 from dskd.engine.distributed import Ranks
 from dskd.rundir.files import as_user_error, read_json, sha256, write_json
 from dskd.rundir.lock import locked
-from dskd.teachers.cache.shard import Shard
 
 FORMAT = 1
 STATE = "last hidden state after the final norm"

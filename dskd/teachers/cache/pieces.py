@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dskd.config.errors import UserError
+from dskd.data.shard import Shard
 from dskd.data.tokenization import Sample
 from dskd.rundir.files import UMASK, persistently, written
 from dskd.teachers.cache.folder import FORMAT, CacheFolder
 from dskd.teachers.cache.precision import Stored
-from dskd.teachers.cache.shard import Shard
 
 INDEX = {"keys": torch.uint8, "offsets": torch.int64, "checksums": torch.int64, "scales": torch.float32}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}

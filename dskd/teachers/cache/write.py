@@ -12,6 +12,7 @@ from dskd.config.models import TeacherConfig
 from dskd.config.run import RunConfig, tokens_at_a_time
 from dskd.data.batch import Batch, collate
 from dskd.data.records import Records, read_records
+from dskd.data.shard import Shard
 from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import progress_bar
@@ -27,7 +28,6 @@ from dskd.teachers.cache.loss_error import LossError
 from dskd.teachers.cache.pieces import DamagedPiece, damage, record_key, write_piece
 from dskd.teachers.cache.precision import Precision, Stored, encode
 from dskd.teachers.cache.read import made_with, open_pieces
-from dskd.teachers.cache.shard import Shard
 from dskd.teachers.resident import ResidentTeacher, load_resident
 from dskd.teachers.sharded import ShardedTeacher, load_sharded
 from dskd.teachers.teacher import Teacher

@@ -1,4 +1,4 @@
-"""A share of a cache's records, which one task writes. Torch-free."""
+"""A share of the records, which one task works on. Torch-free."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dskd.config.errors import UserError, shown
 
 @dataclass(frozen=True)
 class Shard:
-    """Number `index`, from 0, of `count`. Which records it holds depends on their content, not on their place."""
+    """Number `index`, from 0, of `count`."""
 
     index: int = 0
     count: int = 1
@@ -31,6 +31,7 @@ class Shard:
         return f"{self.index:05}-of-{self.count:05}"
 
     def holds(self, key: bytes) -> bool:
+        """Whether it is this task that caches a record, by the sum of its content: the place of it does not matter."""
         return int.from_bytes(key[:8]) % self.count == self.index
 
     def of_rank(self, rank: int, world_size: int) -> "Shard":
