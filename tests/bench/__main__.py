@@ -89,6 +89,10 @@ def tables(results: dict) -> list[Table]:
     seconds = [f"{case[f'{name}_seconds']:.1f}" for name in ("resident", "making", "cached")]
     ratio, waiting = f"{case['resident_over_cache']:.2f}", f"{100 * case['waiting_share']:.2f} %"
     cache.add_row(f"dskd_cma, {case['epochs']} epochs", *seconds, ratio, waiting)
+    answers = Table("answers batched by tokens", "CPU s", "fixed batches: CPU s", "speed-up")
+    case = results["generation"]
+    row = (f"{case[f'{name}_seconds']:.1f}" for name in ("by_tokens", "fixed"))
+    answers.add_row(f"{case['records']} prompts", *row, f"{case['fixed_over_by_tokens']:.2f}")
     planned = Table("highest memory of a rank", "predicted GB", "measured GB", "predicted / measured")
     for case, values in results["plan"].items():
         both = (f"{values[name] / 1e9:.2f}" for name in ("predicted_bytes", "measured_bytes"))
@@ -98,7 +102,7 @@ def tables(results: dict) -> list[Table]:
     for backend, share in (("resident", ""), ("sharded", f"{100 * case['share']:.1f} %")):
         sizes = (f"{case[f'{backend}_{phase}_bytes'] / 2**20:.0f}" for phase in ("loading", "running"))
         teacher.add_row(backend, *sizes, share)
-    return [heads, step, aligned, saving, cache, planned, teacher]
+    return [heads, step, aligned, saving, cache, answers, planned, teacher]
 
 
 def show(text: str | Table) -> None:
@@ -115,6 +119,7 @@ def main(arguments: list[str]) -> None:
         "alignments": alignments(),
         "saving": in_own_process("saving"),
         "teacher_cache": in_own_process("teacher_cache", *files[:1]),
+        "generation": in_own_process("generation", *files[:2]),
         "plan": run_cases(),
         "teacher_sharded": in_own_process("teacher_sharded"),
     }

@@ -12,8 +12,8 @@ from dskd.evaluation.scores import normalize, score, summary
 
 STEMMER = PorterStemmer()
 TEXT = (
-    "the The cats, ran running quickly to 3 3.5 o'clock re-run -- Zürich 東京 naïve U.S.A. (a) an A! it's its hopping hop "
-    'skies sky... dies\tagreed\nhigh-end "quoted" \u00a0 \u2019s _under_score 100% &amp; I'
+    "the The cats, ran running quickly to 3 3.5 o'clock re-run -- Zürich 東京 naïve U.S.A. (a) an A! it's its "
+    'hopping hop skies sky... dies\tagreed\nhigh-end "quoted" \u00a0 \u2019s _under_score 100% &amp; I'
 )
 WORDS = TEXT.split(" ")
 
