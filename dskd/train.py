@@ -52,7 +52,7 @@ def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
                 print(f"{directory.path}: finished already; best model {past.state.best[0].folder}")
             return directory.path
         training = assemble(run, ranks)
-        manager = CheckpointManager(run, ranks, training.engine, training.length)
+        manager = stack.enter_context(closing(CheckpointManager(run, ranks, training.engine, training.length)))
         state = manager.restore(past)
         ranks.flags.phase = "step"
         ranks.stop_if_asked()
@@ -61,6 +61,7 @@ def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
         batches = load_steps(steps, state.step, total, run.data.workers, pin_memory, ignore_signals)
         monitor = stack.enter_context(Monitor(directory, total, ranks.is_main, state.step))
         announce(training, state, [*past.notes, *manager.notes])
+        LOG.info(manager.copies.told)
         if state.step:
             state = manager.keep(evaluate_if_due(training, manager, monitor, state), monitor)
         stack.enter_context(closing(batches))

@@ -1,14 +1,17 @@
 """How a run begins or goes on, and when its state is saved: what stands between the loop and `state`."""
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dskd.checkpoint import directory, retention, state
-from dskd.checkpoint.models import save_model
+from dskd.checkpoint.host_memory import reserve
+from dskd.checkpoint.models import model_files
 from dskd.checkpoint.staging import Staging
 from dskd.config.changes import harmful
 from dskd.config.errors import UserError
@@ -17,8 +20,8 @@ from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import Monitor
 from dskd.engine.preemption import Decision, Stopped
 from dskd.rundir import lock
-from dskd.rundir.files import as_user_error
-from dskd.rundir.layout import ModelName, RunDirectory, StateName
+from dskd.rundir.files import Manifest, as_user_error, publish
+from dskd.rundir.layout import ModelName, RunDirectory, StateName, beside
 from dskd.rundir.read import RunLength, has_ended
 from dskd.rundir.train_state import TrainState
 
@@ -94,13 +97,17 @@ class CheckpointManager:
     """Saves a run's state when it is due, and brings it back."""
 
     def __init__(self, run: RunConfig, ranks: Ranks, engine: Any, length: RunLength) -> None:
+        """A collective call."""
         self.run, self.ranks, self.engine, self.length = run, ranks, engine, length
         self.directory = RunDirectory.of(run)
         self.staging = Staging(run.checkpoint.scratch_dir, self.directory.path, ranks.rank)
+        self.copies = reserve(engine, ranks)
         self.kept: StateName | None = None
-        """The newest state that was written."""
-        self.unpublished: tuple[TrainState, dict[str, Any]] | None = None
-        """The state that was written last, and its files, until all of it is in the run directory."""
+        """The newest state that was saved, or is on its way."""
+        self.on_the_way = False
+        """Whether any rank may still be writing, or may have failed to."""
+        self.unpublished: tuple[TrainState, futures.Future[Manifest]] | None = None
+        """The state that was saved last, and this rank's file of it, until all of it is in the run directory."""
         self.due = False
         self.notes: list[str] = []
         """What the log should tell of the state that was loaded."""
@@ -126,59 +133,79 @@ class CheckpointManager:
             directory.cut_metrics(self.directory, past.state.metrics_bytes)
         return notes
 
+    def close(self) -> None:
+        """Before the run directory is given back: nothing is written to it any more."""
+        self.staging.close()
+
     def keep_model(self, folder: Path, student: Any, projectors: Any, tokenizer: Any) -> None:
-        """Save a model. A collective call."""
+        """Save a model: whole or not at all. A collective call, from which training goes on while it is written."""
         with self.ranks.flags.during("save"):
-            save_model(self.staging.local(folder), student, projectors, tokenizer, self.ranks)
-        if self.ranks.is_main:
-            self.staging.folder(folder)
+            files = model_files(student, projectors, tokenizer, self.copies.model, self.ranks)
+            if self.ranks.is_main:
+                partial = beside(folder, "partial")
+                written = self.staging.write(partial, files, self.copies.model)
+                self.staging.submit(lambda: publish_model(partial, folder, written))
+        self.on_the_way = True
 
     def keep(self, now: TrainState, monitor: Monitor) -> TrainState:
         """Save the state where that is due. A collective call.
 
-        Where the last one is still on its way from the scratch folder, the next has to wait until it is there.
+        Where the last one is still on its way, the next has to wait until it is there.
 
         Raises:
             Stopped: where the ranks have agreed to stop; the state is saved then.
-            UserError: on all ranks, where one cannot write; the state before this one stays.
+            UserError: on all ranks, where one could not write this state or the one before; the last whole one stays.
         """
-        decision = self.ranks.agree(save=time.monotonic() >= self.save_at, busy=self.staging.busy)
+        decision = self.ranks.agree(save=time.monotonic() >= self.save_at)
         finished = now.step == self.length.total_steps and not now.pending
         self.due = self.due or self.is_due(now.step, decision)
         at_once = decision.stop or finished
-        if at_once or not decision.busy:
-            self.arrive(now)
-        if at_once or (self.due and not decision.busy):
+        self.arrive(now, at_once)
+        if at_once or (self.due and self.unpublished is None):
             if now.name != self.kept:
                 now = replace(now, metrics_bytes=monitor.position(), finished=finished)
                 self.save(now)
             self.due = False
             self.set_clock()
-        if at_once:
-            self.arrive(now)
+        while at_once and self.on_the_way:
+            self.arrive(now, wait=True)
         if decision.stop and not finished:
             raise Stopped(now.step)
         return now
 
     def save(self, now: TrainState) -> None:
+        folder = self.directory.state(now.name)
         with self.ranks.flags.during("save"):
-            written = state.write(self.directory.state(now.name), self.staging, self.engine, self.ranks)
+            written = state.write(folder, self.staging, self.copies.state, self.engine, self.ranks)
         self.kept = now.name
-        self.unpublished = now, written
-        if not self.staging.scratch:
-            self.arrive(now)
+        self.unpublished, self.on_the_way = (now, written), True
+        self.arrive(now, wait=False)  # it has, where there was no memory for a copy
 
-    def arrive(self, now: TrainState) -> None:
-        """Wait for what is on its way on any rank, and publish the state that it belongs to. A collective call."""
-        if self.unpublished is not None:
-            with self.ranks.flags.during("save"):
-                self.ranks.together(self.staging.wait)
-                (saved, written), self.unpublished = self.unpublished, None
-                self.ranks.together(lambda: self.publish(saved, written, now) if self.ranks.is_main else None)
+    def arrive(self, now: TrainState, wait: bool) -> None:
+        """Look, or wait, whether what is on its way has been written on all ranks, and begin to publish a whole state.
 
-    def publish(self, saved: TrainState, written: dict[str, Any], now: TrainState) -> None:
-        """`now` may know of models that came after `saved` was written."""
-        state.complete(self.directory, saved, written)
+        A collective call. `now` may know of models that came after that state was saved. Raises `UserError`.
+        """
+        if not self.on_the_way:
+            return
+        with self.ranks.flags.during("save"):
+            found = self.ranks.together(lambda: self.arrived(wait))
+        self.on_the_way = any(busy for busy, _ in found)
+        if self.unpublished is not None and all(files is not None for _, files in found):
+            (saved, _), self.unpublished, self.on_the_way = self.unpublished, None, True
+            files = {name: entry for _, own in found for name, entry in own.items()}
+            if self.ranks.is_main:
+                self.staging.submit(lambda: self.publish(saved, files, now))
+
+    def arrived(self, wait: bool) -> tuple[bool, Manifest | None]:
+        """Whether this rank still writes, and its file of the unpublished state where that is written."""
+        busy = self.staging.busy(wait)
+        written = None if self.unpublished is None else self.unpublished[1]
+        return busy, written.result() if written is not None and written.done() else None
+
+    def publish(self, saved: TrainState, files: Manifest, now: TrainState) -> None:
+        """On the main rank, in the thread, after all that was saved before."""
+        state.complete(self.directory, saved, files)
         with as_user_error(self.directory.path):
             retention.retain(self.directory, saved, self.run.checkpoint.keep_last, now.best)
 
@@ -190,3 +217,13 @@ class CheckpointManager:
         minutes = self.run.checkpoint.every_minutes
         self.save_at = float("inf") if minutes is None else time.monotonic() + 60 * minutes
         """Time of `time.monotonic()` from which on a state is due, on this rank's clock."""
+
+
+def publish_model(partial: Path, folder: Path, written: "futures.Future[Manifest]") -> None:
+    """In the thread. Nothing of a model stays that could not be written."""
+    try:
+        with as_user_error(folder):
+            publish(partial, folder, written.result())
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -6,7 +6,7 @@ any other number of ranks under any stage reads just what it holds.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +16,13 @@ import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from dskd.checkpoint.tensor_file import TensorFile
 from dskd.config.errors import UserError
 from dskd.engine.distributed import Ranks
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT, MOMENTS, FP32 = "weight", ("exp_avg", "exp_avg_sq"), 4
 NOTES = "notes"
 
 
@@ -128,22 +128,28 @@ def gap(name: str, spans: Sequence[tuple[int, int]], size: int) -> str | None:
     return None if end == size else f"{name}: {end} of its {size} values are held"
 
 
-def save_pieces(engine: Any, file: Path, extra: dict[str, Tensor], notes: dict[str, Any]) -> None:
-    """Write this rank's pieces, `extra` tensors and `notes` (JSON) to a safetensors file."""
+def state_bytes(engine: Any, room_of: Callable[[int], int]) -> int:
+    """Bytes of what `pieces_file` will copy once the optimizer has stepped; `room_of` says what a tensor takes."""
+    return (1 + len(MOMENTS)) * sum(room_of(FP32 * piece.count) for piece in written_pieces(engine))
+
+
+def pieces_file(
+    engine: Any, copy: Callable[[Tensor], Tensor], extra: dict[str, Tensor], notes: dict[str, Any]
+) -> TensorFile:
+    """This rank's pieces, each as `copy` gives it, `extra` tensors and `notes` (JSON)."""
     state, tensors, table = inner_optimizer(engine).state, dict(extra), {}
     for piece in written_pieces(engine):
-        tensors[f"{WEIGHT}:{piece.name}"] = piece.of(piece.master).cpu()
+        tensors[f"{WEIGHT}:{piece.name}"] = copy(piece.of(piece.master))
         moments = state.get(piece.master, {})  # none before a parameter's first gradient
         for key in MOMENTS:
             if key in moments:
-                tensors[f"{key}:{piece.name}"] = piece.of(moments[key]).cpu()
+                tensors[f"{key}:{piece.name}"] = copy(piece.of(moments[key]))
         table[piece.name] = [piece.start, piece.count, int(moments.get("step", 0))]
-    # Under one key, since safetensors writes several in no fixed order: equal states are equal files.
-    save_file(tensors, file, {NOTES: json.dumps(notes | {"pieces": table})})
+    return TensorFile(tensors, {NOTES: json.dumps(notes | {"pieces": table})})
 
 
 def read_notes(file: Any) -> dict[str, Any]:
-    """What `save_pieces` noted in an open file. Raises `ValueError` where it holds no such notes."""
+    """What `pieces_file` noted in an open file. Raises `ValueError` where it holds no such notes."""
     try:
         notes = json.loads((file.metadata() or {})[NOTES])
     except (KeyError, ValueError, RecursionError):

@@ -1,4 +1,7 @@
-"""Staging: states and models are written to a node's own disk, and copied to the run directory in the background."""
+"""Staging: what is saved is written by a thread, one thing after the other, while training goes on.
+
+With a scratch folder it is written to a node's own disk first, and copied from there to the run directory.
+"""
 
 import hashlib
 import os
@@ -8,48 +11,60 @@ from collections.abc import Callable
 from concurrent import futures
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from dskd.checkpoint.host_memory import HostMemory
 from dskd.config.errors import UserError
-from dskd.rundir.files import as_user_error, copy_verified, publish, read_manifest
-from dskd.rundir.layout import beside
+from dskd.rundir.files import Contents, Manifest, as_user_error, copy_verified, persistently, write_files
+
+T = TypeVar("T")
 
 
 class Staging:
-    """This rank's copies, one after the other in a thread. Without a scratch folder all is written in its place."""
+    """The thread of this rank. It calls no collective, draws no random number, and knows neither engine nor models."""
 
     def __init__(self, scratch: Path | None, directory: Path, rank: int) -> None:
         self.directory = directory
         self.scratch = None if scratch is None else own_folder(scratch, directory, rank)
-        self.copies: list[futures.Future[None]] = []
-        if scratch is not None:
-            self.thread = futures.ThreadPoolExecutor(1, "staging")
+        self.thread = futures.ThreadPoolExecutor(1, "staging")
+        self.jobs: list[futures.Future[Any]] = []
+
+    def write(self, folder: Path, files: Contents, memory: HostMemory | None) -> "futures.Future[Manifest]":
+        """Write files to `folder` in the run directory; sizes and sums, once all of them are there.
+
+        Args:
+            memory: what holds the files' tensors until they are written. Without it they are those that are trained,
+                and this returns only when nothing reads them any more.
+        """
+        local = self.local(folder)
+        written = self.submit(lambda: write_whole(local, files))
+        if memory is None:
+            futures.wait([written])
+        else:
+            memory.reader = written
+        if self.scratch is None:
+            return written
+        return self.submit(lambda: move_files(local, folder, written.result()))
 
     def local(self, path: Path) -> Path:
         """Where to write what is to become `path` in the run directory."""
         return path if self.scratch is None else self.scratch / path.relative_to(self.directory)
 
-    def file(self, path: Path, expected: dict[str, Any]) -> None:
-        """Bring a file that was written to `local(path)`; `expected` are its size and sha256."""
-        self.submit(lambda: move_file(self.local(path), path, expected))
+    def submit(self, job: Callable[[], T]) -> "futures.Future[T]":
+        """Do something after all that was submitted before. It raises `UserError` where it cannot write."""
+        done = self.thread.submit(job)
+        self.jobs.append(done)
+        return done
 
-    def folder(self, path: Path) -> None:
-        """Bring a folder with a manifest that was written to `local(path)`: whole or not at all."""
-        self.submit(lambda: move_folder(self.local(path), path))
+    def busy(self, wait: bool) -> bool:
+        """Whether anything is left to be done, which nothing is after waiting. Raises what a job raised."""
+        while self.jobs and (wait or self.jobs[0].done()):
+            self.jobs.pop(0).result()
+        return bool(self.jobs)
 
-    def submit(self, copy: Callable[[], None]) -> None:
-        if self.scratch is not None:
-            self.copies.append(self.thread.submit(copy))
-
-    @property
-    def busy(self) -> bool:
-        return any(not copy.done() for copy in self.copies)
-
-    def wait(self) -> None:
-        """Until all has arrived. Raises what a copy raised."""
-        copies, self.copies = self.copies, []
-        for copy in copies:
-            copy.result()
+    def close(self) -> None:
+        """From now on nothing is written; what is being written at this moment is waited for."""
+        self.thread.shutdown(cancel_futures=True)
 
 
 def own_folder(scratch: Path, directory: Path, rank: int) -> Path:
@@ -74,16 +89,14 @@ def own_folder(scratch: Path, directory: Path, rank: int) -> Path:
     return own
 
 
-def move_file(source: Path, target: Path, expected: dict[str, Any]) -> None:
+def write_whole(folder: Path, files: Contents) -> Manifest:
+    with as_user_error(folder):
+        return persistently(lambda: write_files(folder, files))
+
+
+def move_files(source: Path, target: Path, files: Manifest) -> Manifest:
     with as_user_error(target):
-        copy_verified(source, target, expected)
-        source.unlink()
-
-
-def move_folder(source: Path, target: Path) -> None:
-    files, temporary = read_manifest(source), beside(target, "copy")
-    with as_user_error(temporary):
         for name, expected in files.items():
-            move_file(source / name, temporary / name, expected)
-        publish(temporary, target, files)
-        shutil.rmtree(source)
+            copy_verified(source / name, target / name, expected)
+            (source / name).unlink()
+    return files

@@ -11,47 +11,47 @@ nothing is kept of them. The teacher and frozen weights are read from their own 
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from dskd import __version__
 from dskd.checkpoint import randomness
-from dskd.checkpoint.shards import load_pieces, read_notes, save_pieces
+from dskd.checkpoint.host_memory import HostMemory
+from dskd.checkpoint.shards import load_pieces, pieces_file, read_notes
 from dskd.checkpoint.staging import Staging
 from dskd.config.errors import UserError
 from dskd.engine.distributed import Ranks
-from dskd.rundir.files import (
-    as_user_error,
-    damage,
-    entry,
-    persistently,
-    publish,
-    read_manifest,
-    sync_file,
-    write_json,
-    write_text,
-)
+from dskd.rundir.files import Manifest, as_user_error, damage, entry, publish, read_manifest, write_json, write_text
 from dskd.rundir.layout import STATE, RunDirectory, beside, rank_file
 from dskd.rundir.read import newest_state
 from dskd.rundir.train_state import FORMAT, TrainState, read_state
 
 
-def write(folder: Path, staging: Staging, engine: Any, ranks: Ranks) -> dict[str, Any]:
-    """Write every rank's file into a folder beside `folder`, or on its way there; returns their sizes and sums.
+def write(
+    folder: Path, staging: Staging, memory: HostMemory | None, engine: Any, ranks: Ranks
+) -> "futures.Future[Manifest]":
+    """Begin to write every rank's file into a folder beside `folder`: the weights as they are now.
 
-    A collective call. Raises `UserError` on all ranks where one cannot write.
+    A collective call. Returns what will be the size and sum of this rank's file.
+
+    Args:
+        memory: what the weights and moments are copied to; without it this returns once they are written.
     """
     partial = beside(folder, "partial")
     ranks.together(lambda: clear(partial) if ranks.is_main else None)
-    written = dict(ranks.together(lambda: write_rank(staging.local(partial), engine, ranks)))
-    own = rank_file(partial, ranks.rank)
-    staging.file(own, written[own.name])
-    return written
+    copy: Callable[[Tensor], Tensor] = Tensor.detach
+    if memory is not None:
+        memory.begin()
+        copy = memory.copy
+    content = pieces_file(engine, copy, *randomness.capture(ranks.device))
+    return staging.write(partial, {rank_file(partial, ranks.rank).name: content}, memory)
 
 
 def clear(folder: Path) -> None:
@@ -61,27 +61,14 @@ def clear(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def write_rank(partial: Path, engine: Any, ranks: Ranks) -> tuple[str, dict[str, Any]]:
-    file = rank_file(partial, ranks.rank)
-    with as_user_error(file):
-        return persistently(lambda: write_pieces(file, engine, ranks))
-
-
-def write_pieces(file: Path, engine: Any, ranks: Ranks) -> tuple[str, dict[str, Any]]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_pieces(engine, file, *randomness.capture(ranks.device))
-    sync_file(file)
-    return file.name, entry(file)
-
-
-def complete(directory: RunDirectory, state: TrainState, written: dict[str, Any]) -> None:
-    """Once every rank's file is there: publish the state, then LATEST. On the main rank."""
+def complete(directory: RunDirectory, state: TrainState, written: Manifest) -> None:
+    """Once every rank's file is there: publish the state, then LATEST. On the main rank, in any thread."""
     folder = directory.state(state.name)
     partial = beside(folder, "partial")
     with as_user_error(folder):
         about = {"format": FORMAT, "dskd": __version__, "time": time.time(), "world_size": len(written)}
         write_json(partial / STATE, about | state.to_json())
-        publish(partial, folder, written | {STATE: entry(partial / STATE)})
+        publish(partial, folder, {**written, STATE: entry(partial / STATE)})
         name_latest(directory, folder)
 
 

@@ -112,7 +112,7 @@ class CheckpointConfig:
     keep_last: int = 1
     """States to keep; older ones are deleted after a newer one is complete."""
     scratch_dir: Path | None = None
-    """Folder on a disk of each node's own: states and models are written there and copied while training goes on."""
+    """Folder on a disk of each node's own: states and models are written there first, and then copied."""
 
     def __post_init__(self) -> None:
         for key in ("keep_best", "every_steps", "every_minutes", "keep_last"):

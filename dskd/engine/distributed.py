@@ -49,9 +49,9 @@ class Ranks:
         self.flags.moved()
         return values
 
-    def agree(self, save: bool = False, busy: bool = False) -> Decision:
+    def agree(self, save: bool = False) -> Decision:
         """What all ranks do: stop, where any got a signal, and what any asks for here. A collective call."""
-        wanted = torch.tensor([self.flags.stop_requested, save, busy], dtype=torch.float32, device=self.device)
+        wanted = torch.tensor([self.flags.stop_requested, save], dtype=torch.float32, device=self.device)
         return Decision(*(count > 0 for count in self.sum(wanted).tolist()))
 
     def stop_if_asked(self) -> None:

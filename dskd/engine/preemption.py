@@ -58,8 +58,6 @@ class Decision:
     """Save the state and stop."""
     save: bool
     """Save the state."""
-    busy: bool
-    """Copies to the run directory are still under way."""
 
 
 def watch_signals() -> Flags:

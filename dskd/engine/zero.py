@@ -1,6 +1,6 @@
 """DeepSpeed: its configuration, the engine around student and projectors, and whole weights out of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,8 +109,8 @@ def step_at_boundary(engine: Any) -> float:
     return float(engine.get_global_grad_norm())
 
 
-def whole_state(module: nn.Module, is_main: bool) -> dict[str, Tensor]:
-    """All parameters and saved buffers of `module` on the CPU in full shape, on the main rank (empty elsewhere).
+def whole_state(module: nn.Module, is_main: bool, copy: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """All parameters and saved buffers of `module`, each as `copy` gives it, on the main rank (empty elsewhere).
 
     A collective call. Gathers module by module, so that no rank ever holds more than one layer beside its shard.
     """
@@ -121,10 +121,10 @@ def whole_state(module: nn.Module, is_main: bool) -> dict[str, Tensor]:
         seen.update(id(p) for _, p in own)
         with deepspeed.zero.GatheredParameters([p for _, p in own]):
             if is_main:
-                state |= {join(prefix, n): p.detach().cpu().clone() for n, p in own}
+                state |= {join(prefix, n): copy(p) for n, p in own}
         if is_main:
             kept = part._non_persistent_buffers_set
-            state |= {join(prefix, n): b.cpu().clone() for n, b in part.named_buffers(recurse=False) if n not in kept}
+            state |= {join(prefix, n): copy(b) for n, b in part.named_buffers(recurse=False) if n not in kept}
     return state
 
 

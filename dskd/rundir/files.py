@@ -6,8 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import FileIO
 from pathlib import Path, PurePosixPath
@@ -30,6 +30,10 @@ PASSING = {
 set_on_retry_hooks([])  # what comes of a retry is told once, at the end
 Manifest = Mapping[str, Mapping[str, Any]]
 """Size in bytes and sha256 of each file of a folder, by its name relative to the folder."""
+Contents = Mapping[str, Iterable[bytes | memoryview]]
+"""What is to be in each file of a folder, in pieces, by its name; each iteration over a content gives it again."""
+BLOCK = 2**24
+"""Bytes that are hashed and written at a time."""
 
 
 @contextmanager
@@ -141,11 +145,41 @@ def append_json(file: Path, value: object) -> None:
         write_all(out, (json.dumps(value) + "\n").encode())
 
 
-def write_all(out: FileIO, data: bytes) -> None:
+def write_all(out: FileIO, data: bytes | memoryview) -> None:
     """Write to a file without a buffer; one write may take only a part."""
     rest = memoryview(data)
     while rest:
         rest = rest[persistently(partial(out.write, rest)) or 0 :]
+
+
+def write_files(folder: Path, files: Contents) -> dict[str, dict[str, int | str]]:
+    """Write files into a folder, down to the disk; their sizes and sums, found on the way."""
+    found = {}
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found[name] = write_hashed(file, content)
+    return found
+
+
+def write_hashed(file: Path, content: Iterable[bytes | memoryview]) -> dict[str, int | str]:
+    """Write one file, down to the disk; its size and sha256. Nothing of it stays where that fails."""
+    size, hashed = 0, hashlib.sha256()
+    try:
+        with file.open("wb", buffering=0) as out:
+            for piece in content:
+                whole = memoryview(piece)
+                for start in range(0, len(whole), BLOCK):
+                    block = whole[start : start + BLOCK]
+                    hashed.update(block)
+                    write_all(out, block)
+                size += len(whole)
+            os.fsync(out.fileno())
+    except BaseException:
+        with suppress(OSError):
+            file.unlink()
+        raise
+    return {"size": size, "sha256": hashed.hexdigest()}
 
 
 def private_folder(folder: Path) -> None:
@@ -180,11 +214,11 @@ def publish(temporary: Path, folder: Path, files: Manifest) -> None:
     if folder.exists():  # left by a run that was killed before its state knew of it
         replaced = beside(folder, "replaced")
         shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-        temporary.rename(folder)
+        persistently(lambda: folder.rename(replaced))
+        persistently(lambda: temporary.rename(folder))
         shutil.rmtree(replaced)
     else:
-        temporary.rename(folder)
+        persistently(lambda: temporary.rename(folder))
     persistently(lambda: sync(folder.parent, recurse=False))
 
 

@@ -1,13 +1,15 @@
 """A run that goes on from a state makes the very step that the run which wrote it made: weights, moments, dropout."""
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dskd.assemble import assemble
 from dskd.checkpoint import state
-from dskd.checkpoint.shards import save_pieces
+from dskd.checkpoint.shards import pieces_file
 from dskd.checkpoint.staging import Staging
 from dskd.config.load import load_run
+from dskd.rundir.files import write_hashed
 from dskd.rundir.layout import RunDirectory
 from dskd.rundir.train_state import SavedModel, Scores, TrainState
 from dskd.train import train_step
@@ -45,13 +47,13 @@ def write(training, now):
     """Write and publish a state; its folder."""
     directory, ranks = RunDirectory.of(training.run), training.ranks
     folder, staging = directory.state(now.name), Staging(None, directory.path, ranks.rank)
-    state.complete(directory, now, state.write(folder, staging, training.engine, ranks))
+    state.complete(directory, now, state.write(folder, staging, None, training.engine, ranks).result())
     return folder
 
 
 def kept(training, file):
     """All weights and moments, by name."""
-    save_pieces(training.engine, file, {}, {})
+    write_hashed(file, pieces_file(training.engine, torch.clone, {}, {}))
     return load_file(file)
 
 

@@ -14,13 +14,13 @@ from dskd.engine.distributed import Ranks
 from dskd.engine.preemption import Decision, Flags, Stopped
 from dskd.start import longest
 
-WISHES = ("stop", "save", "busy")
+WISHES = ("stop", "save")
 
 
 def alone(*wishes):
     """A rank without others that wants these things, and what its ranks decide."""
     ranks = Ranks(0, 1, torch.device("cpu"), Flags(stop_requested="stop" in wishes))
-    return ranks, ranks.agree("save" in wishes, "busy" in wishes)
+    return ranks, ranks.agree("save" in wishes)
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ def other(monkeypatch):
 
 
 def test_nothing_is_decided_that_no_rank_wants():
-    assert alone()[1] == Decision(False, False, False)
+    assert alone()[1] == Decision(False, False)
 
 
 @pytest.mark.parametrize("wish", WISHES)
 def test_what_a_rank_wants_is_decided(wish):
     ranks, decision = alone(wish)
-    assert decision == replace(Decision(False, False, False), **{wish: True})
+    assert decision == replace(Decision(False, False), **{wish: True})
     assert ranks.flags.moves == 1
 
 
@@ -44,14 +44,14 @@ def test_what_a_rank_wants_is_decided(wish):
 def test_what_another_rank_wants_is_decided(wish, other):
     other([float(wish == name) for name in WISHES])
     ranks = Ranks(0, 2, torch.device("cpu"))
-    assert ranks.agree() == replace(Decision(False, False, False), **{wish: True})
+    assert ranks.agree() == replace(Decision(False, False), **{wish: True})
 
 
 def test_a_stop_that_another_rank_was_asked_for_stops_this_one(other):
     ranks = Ranks(0, 2, torch.device("cpu"))
-    other([0.0, 1.0, 1.0])
+    other([0.0, 1.0])
     ranks.stop_if_asked()
-    other([1.0, 0.0, 0.0])
+    other([1.0, 0.0])
     with pytest.raises(Stopped):
         ranks.stop_if_asked()
     assert not ranks.flags.stop_requested

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from dskd.assemble import assemble
-from dskd.checkpoint.shards import save_pieces
+from dskd.checkpoint.shards import pieces_file
 from dskd.config.load import load_run
 from dskd.engine import distributed
 from dskd.engine.zero import gathered
+from dskd.rundir.files import write_hashed
 from dskd.train import train_step
 
 
@@ -24,7 +25,8 @@ def two_steps(file: Path, ranks: distributed.Ranks) -> None:
     module = training.engine.module
 
     def keep(step: int) -> None:
-        save_pieces(training.engine, file.with_name(f"pieces{step}.rank{ranks.rank}"), {}, {})
+        pieces = pieces_file(training.engine, torch.clone, {}, {})
+        write_hashed(file.with_name(f"pieces{step}.rank{ranks.rank}"), pieces)
         with gathered(module):
             weights = {name: p.detach().clone() for name, p in module.named_parameters()}
         save_file(weights, file.with_name(f"weights{step}.rank{ranks.rank}"))
