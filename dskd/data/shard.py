@@ -30,9 +30,9 @@ class Shard:
         """As it stands in names of files."""
         return f"{self.index:05}-of-{self.count:05}"
 
-    def holds(self, key: bytes) -> bool:
-        """Whether it is this task that caches a record, by the sum of its content: the place of it does not matter."""
-        return int.from_bytes(key[:8]) % self.count == self.index
+    def holds(self, text: bytes) -> bool:
+        """Whether it is this task that caches a record, by the sum of its texts: the place of it does not matter."""
+        return int.from_bytes(text[:8]) % self.count == self.index
 
     def of_rank(self, rank: int, world_size: int) -> "Shard":
         """What one of the ranks that write this shard together does."""

@@ -50,11 +50,7 @@ def load_resident(settings: TeacherConfig, tokenizer: Any, precision: str, devic
 
 def load_quantized(settings: TeacherConfig, precision: str, device: torch.device) -> Any:
     """The teacher with the weights of its layers in int8, each row with a scale (LLM.int8, arXiv 2208.07339)."""
-    what = f"teacher.quantize: {settings.quantize}"
-    if device.type != "cuda":
-        raise UserError(f"{what} needs a GPU, and none is visible")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{what} needs the package bitsandbytes: pip install bitsandbytes")
+    check_quantize(settings, device)
     return load_causal_lm(
         settings.path,
         "teacher.path",
@@ -63,3 +59,12 @@ def load_quantized(settings: TeacherConfig, precision: str, device: torch.device
         device_map={"": device},
         quantization_config=BitsAndBytesConfig(load_in_8bit=True),  # which leaves the head as it is
     )
+
+
+def check_quantize(settings: TeacherConfig, device: torch.device) -> None:
+    """Raise `UserError` where a quantized teacher cannot run."""
+    what = f"teacher.quantize: {settings.quantize}"
+    if settings.quantize != "none" and device.type != "cuda":
+        raise UserError(f"{what} needs a GPU, and none is visible")
+    if settings.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{what} needs the package bitsandbytes: pip install bitsandbytes")

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import struct
 import time
 import zlib
@@ -23,9 +24,11 @@ from dskd.assemble import assemble
 from dskd.config.errors import UserError
 from dskd.config.load import load_run, to_yaml
 from dskd.data.shard import Shard
+from dskd.data.tokenization import tokenize
 from dskd.rundir.layout import RunDirectory
 from dskd.rundir.shard import read_shard, settings_sum, write_shard
-from dskd.teachers.cache import write
+from dskd.teachers.cache import read, write
+from dskd.teachers.cache.pieces import open_piece, write_piece
 
 FORK = multiprocessing.get_context("fork")
 CACHED = "teacher.backend=cache"
@@ -126,7 +129,7 @@ def test_other_limits_share_the_cache(run_file, make):
     assert make(run_file, "data.max_length=60") == (folder, 40, 0)  # no record is so long
     shared, there, made = make(run_file, "data.max_prompt_length=8")
     assert shared == folder
-    assert 0 < made == there
+    assert 0 < made <= there == 40  # some have the same tokens now
 
 
 def test_shards_divide_the_records(run_file, make, ranks):
@@ -279,6 +282,52 @@ def test_a_byte_a_value_changes_the_states_a_little_and_says_what_that_does(prec
     assert make(run_file, chosen)[2] == 40
 
 
+def test_records_whose_texts_are_known_are_not_tokenized_to_find_them(run_file, make, ranks, tmp_path, monkeypatch):
+    """But for the first, which tell whether the tokenizer still cuts texts as it did."""
+    make(run_file)
+    write_records(tmp_path / "train.jsonl", varied_records(43))
+    tokenized = []
+    for module in (read, write):
+        monkeypatch.setattr(module, "tokenize", lambda *given: tokenized.append(given[1]) or tokenize(*given))
+    monkeypatch.setattr(read, "LOOKED_AT", 2)
+    with pytest.raises(UserError, match="3 of 43 records"):
+        assemble(load_run(run_file, [CACHED]), ranks)
+    assert len(tokenized) == 2 + 3
+    tokenized.clear()
+    assert make(run_file)[1:] == (43, 3)
+    assert len(tokenized) == 2 + 3 + 3  # these three once more, to run the teacher
+
+
+def test_a_tokenizer_that_cuts_otherwise_is_noticed(make_run, make, ranks, tiny, tmp_path):
+    teacher = shutil.copytree(tiny("gpt2"), tmp_path / "teacher")
+    run_file = make_run(tmp_path, teacher={"path": str(teacher)})
+    make(run_file)
+    file = teacher / "tokenizer.json"
+    words = json.loads(file.read_text())
+    words["model"]["merges"] = words["model"]["merges"][:20]
+    file.write_text(json.dumps(words))
+    with pytest.raises(UserError, match="40 of 40 records"):
+        assemble(load_run(run_file, [CACHED]), ranks)
+    assert make(run_file)[1:] == (40, 40)
+    assemble(load_run(run_file, [CACHED]), ranks)
+
+
+def test_pieces_without_texts_are_read(run_file, make, ranks):
+    """As an earlier version wrote them, or another program does."""
+    folder, *_ = make(run_file)
+    (file,) = folder.glob("states-*")
+    piece = open_piece(file)
+    with file.open("rb") as data:
+        records = [piece.read(data.fileno(), i) for i in range(40)]
+    file.unlink()
+    again = write_piece(write.CacheFolder(folder), Shard(), piece.keys, records, piece.made_with)
+    assert open_piece(again).texts == ()
+    assert make(run_file) == (folder, 40, 0)
+    assert assemble(load_run(run_file, [CACHED]), ranks).train(range(40)).states.isfinite().all()
+    flip(again, -1)
+    assert make(run_file)[2] == 40
+
+
 def test_what_is_missing_is_told_at_the_start(run_file, make, ranks, tmp_path):
     run = load_run(run_file, [CACHED])
     with pytest.raises(UserError, match=r"^teacher.backend: there is no cache of this teacher in \S+; run: dskd teac"):
@@ -304,6 +353,16 @@ def test_what_changed_is_named(run_file, make, ranks, tiny):
     line = r"40 of 40 records .*, which was made with another data.max_prompt_length: 32 -> 8; run: dskd teacher cache"
     with pytest.raises(UserError, match=line):
         assemble(load_run(run_file, [CACHED, "data.max_prompt_length=8"]), ranks)
+
+
+def test_a_refused_one_leaves_no_cache(run_file, make, ranks, tmp_path):
+    with pytest.raises(UserError, match=r"^teacher.quantize: int8 needs a GPU"):
+        make(run_file, "teacher.quantize=int8")
+    assert not (tmp_path / "outputs").exists()
+    (tmp_path / "outputs/cache/teacher-none").mkdir(parents=True)
+    (tmp_path / "outputs/cache/teacher-none/cache.json").write_text("{}")
+    with pytest.raises(UserError, match=r"there is no cache of this teacher in \S+; run: "):
+        assemble(load_run(run_file, [CACHED]), ranks)
 
 
 def test_a_method_without_a_teacher_has_nothing_to_keep(make_run, tmp_path, ranks):

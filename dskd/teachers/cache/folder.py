@@ -127,6 +127,8 @@ def nearest_difference(run: RunConfig, about: About) -> str:
     """What keeps the most alike cache beside from being the one of this run; empty where there is no other."""
     others = []
     for file in sorted(run.cache_folder.glob("teacher-*/cache.json")):
+        if not CacheFolder(file.parent).ends.is_file():
+            continue  # a task was refused, or killed, before there was anything in it
         with suppress(UserError):
             others.append((differences(about, read_json(file) or {}), file.parent.name))
     if not others:

@@ -21,13 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dskd.config.errors import UserError
+from dskd.data.records import Record
 from dskd.data.shard import Shard
 from dskd.data.tokenization import Sample
 from dskd.rundir.files import UMASK, persistently, written
 from dskd.teachers.cache.folder import FORMAT, CacheFolder
 from dskd.teachers.cache.precision import Stored
 
-INDEX = {"keys": torch.uint8, "offsets": torch.int64, "checksums": torch.int64, "scales": torch.float32}
+INDEX = {"keys": torch.uint8, "offsets": torch.int64, "checksums": torch.int64}
+INDEX |= {"scales": torch.float32, "texts": torch.uint8}  # which a piece need not have
+TEXT_BYTES = 16
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 
 
@@ -47,6 +50,7 @@ class Piece:
 
     file: Path
     keys: tuple[bytes, ...]  # R
+    texts: tuple[bytes, ...]  # R, or none
     offsets: NDArray[np.int64]  # [R + 1], the first row of each record, and T
     checksums: NDArray[np.int64]  # [R], of each record's rows and scales
     scales: Tensor | None  # [T] fp32
@@ -74,8 +78,19 @@ def record_key(sample: Sample) -> bytes:
     return hashlib.sha256(ids.tobytes()).digest()
 
 
+def text_key(record: Record) -> bytes:
+    """The beginning of the sha256 of a record's texts: what is known of it before it is tokenized."""
+    prompt = record.prompt.encode()
+    return hashlib.sha256(struct.pack("<q", len(prompt)) + prompt + record.outputs[0].encode()).digest()[:TEXT_BYTES]
+
+
 def write_piece(
-    folder: CacheFolder, shard: Shard, keys: Sequence[bytes], records: Sequence[Stored], made_with: Mapping[str, Any]
+    folder: CacheFolder,
+    shard: Shard,
+    keys: Sequence[bytes],
+    records: Sequence[Stored],
+    made_with: Mapping[str, Any],
+    texts: Sequence[bytes] = (),
 ) -> Path:
     """Publish the states of some records; the name tells which records they are."""
     lengths = [len(record.rows) for record in records]
@@ -84,6 +99,8 @@ def write_piece(
         "offsets": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int64),
         "checksums": torch.tensor([checksum(record) for record in records], dtype=torch.int64),
     }
+    if texts:
+        index["texts"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8).view(-1, TEXT_BYTES)
     scales = [record.scales for record in records if record.scales is not None]
     if scales:
         index["scales"] = torch.cat(scales)
@@ -121,11 +138,13 @@ def read_index(file: Path) -> Piece:
         raise ValueError("its index has another checksum")
     keys, offsets, checksums = index["keys"].numpy(), index["offsets"].numpy(), index["checksums"].numpy()
     scales, made_with = index.get("scales"), json.loads(about["made_with"])
+    texts = index.get("texts", torch.empty((0, TEXT_BYTES), dtype=torch.uint8)).numpy()
     if (
-        any(tensor.dtype != INDEX[name] for name, tensor in index.items())
+        any(tensor.dtype != INDEX.get(name) for name, tensor in index.items())
         or not (offsets[0] == 0 and offsets[-1] == tokens and (np.diff(offsets) >= 0).all())
         or len(offsets) != len(checksums) + 1
         or keys.shape != (len(checksums), 32)
+        or texts.shape not in ((len(checksums), TEXT_BYTES), (0, TEXT_BYTES))
         or not (scales is None or scales.shape == (tokens,))
         or not isinstance(made_with, dict)
     ):
@@ -133,6 +152,7 @@ def read_index(file: Path) -> Piece:
     return Piece(
         file,
         tuple(row.tobytes() for row in keys),
+        tuple(row.tobytes() for row in texts),
         offsets,
         checksums,
         scales,

@@ -1,7 +1,7 @@
 """Hidden states of records by their token ids, read in the processes that make batches."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
 from dskd.data.vocabulary_map import vocabulary_hash
 from dskd.engine.distributed import Ranks
 from dskd.teachers.cache.folder import CacheFolder, differences
-from dskd.teachers.cache.pieces import DamagedPiece, Piece, open_piece, record_key
+from dskd.teachers.cache.pieces import DamagedPiece, Piece, open_piece, record_key, text_key
 from dskd.teachers.cache.precision import decode
 
 OPEN_FILES = 256
+MAKE = "dskd teacher cache RUN.yaml"
+LOOKED_AT = 100
+"""Records that are tokenized even where their texts are known."""
 
 
 class OpenFiles:
@@ -47,7 +50,7 @@ class StoredStates:
         self.folder, self.pieces, self.dtype, self.files = folder, pieces, dtype, OpenFiles()
         self.places = {key: (piece, i) for piece in pieces for i, key in enumerate(piece.keys)}
 
-    def __contains__(self, key: bytes) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self.places
 
     def __call__(self, samples: Sequence[Sample]) -> Tensor:
@@ -55,6 +58,8 @@ class StoredStates:
         return torch.cat([self.states(record_key(sample)) for sample in samples])
 
     def states(self, key: bytes) -> Tensor:
+        if key not in self.places:
+            raise UserError(f"teacher.backend: a record is not in the cache {self.folder.path}; run: {MAKE}")
         piece, record = self.places[key]
         with told(piece.file):
             return decode(piece.read(self.files.of(piece.file), record), self.dtype)
@@ -87,9 +92,11 @@ def open_pieces(folder: CacheFolder, damaged: Callable[[Path, str], None] | None
 
 def check_complete(stored: StoredStates, records: Records, tokenizer: Tokenizer, limits: Limits, ranks: Ranks) -> None:
     """Raise `UserError` on all ranks where a record is not in the cache; each rank looks at its share. Collective."""
-    absent = 0
+    absent, texts = 0, known_texts(stored.pieces, stored, records, tokenizer, limits)
     for index in range(ranks.rank, len(records), ranks.world_size):
-        absent += record_key(tokenize(tokenizer, records[index], limits)) not in stored
+        record = records[index]
+        if text_key(record) not in texts:
+            absent += record_key(tokenize(tokenizer, record, limits)) not in stored
         ranks.flags.moved()
     total = ranks.sum_int(absent)
     if not total:
@@ -99,5 +106,24 @@ def check_complete(stored: StoredStates, records: Records, tokenizer: Tokenizer,
     why = f", which was made with another {', '.join(changes)}" if changes else ""
     raise UserError(
         f"teacher.backend: {total:,} of {len(records):,} records of {records.file} are not in the cache "
-        f"{stored.folder.path}{why}; run: dskd teacher cache RUN.yaml"
+        f"{stored.folder.path}{why}; run: {MAKE}"
     )
+
+
+def known_texts(
+    pieces: Sequence[Piece], keys: Container[bytes], records: Records, tokenizer: Tokenizer, limits: Limits
+) -> set[bytes]:
+    """The texts of which states are there: a million records are looked up so in seconds, and tokenized in minutes.
+
+    Only pieces of the same limits and vocabulary count, and none where one of the first records has other tokens than
+    the piece that knows its text: tokenizers of one vocabulary may still cut texts at different places.
+
+    Args:
+        keys: of all that is there.
+    """
+    here = made_with(tokenizer, limits)
+    texts = {text for piece in pieces if piece.made_with == here for text in piece.texts}
+    for record in records[:LOOKED_AT]:
+        if text_key(record) in texts and record_key(tokenize(tokenizer, record, limits)) not in keys:
+            return set()
+    return texts

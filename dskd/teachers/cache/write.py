@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +25,10 @@ from dskd.rundir.shard import ShardProgress, settings_sum, write_shard
 from dskd.teachers.cache.ends import read_ends, tensors_of, write_ends
 from dskd.teachers.cache.folder import About, CacheFolder, described
 from dskd.teachers.cache.loss_error import LossError
-from dskd.teachers.cache.pieces import DamagedPiece, damage, record_key, write_piece
+from dskd.teachers.cache.pieces import DamagedPiece, Piece, damage, record_key, text_key, write_piece
 from dskd.teachers.cache.precision import Precision, Stored, encode
-from dskd.teachers.cache.read import made_with, open_pieces
-from dskd.teachers.resident import ResidentTeacher, load_resident
+from dskd.teachers.cache.read import known_texts, made_with, open_pieces
+from dskd.teachers.resident import ResidentTeacher, check_quantize, load_resident
 from dskd.teachers.sharded import ShardedTeacher, load_sharded
 from dskd.teachers.teacher import Teacher
 
@@ -43,9 +43,10 @@ class Wanted(NamedTuple):
     length: int  # tokens of prompt and response
     record: int
     key: bytes
+    text: bytes
 
 
-ANY = Wanted(0, 0, b"")
+ANY = Wanted(0, 0, b"", b"")
 """A record that no one wants."""
 
 
@@ -56,7 +57,7 @@ class Writer:
     folder: CacheFolder
     shard: Shard
     made_with: dict[str, Any]
-    keys: list[bytes] = field(default_factory=list)
+    records: list[Wanted] = field(default_factory=list)
     stored: list[Stored] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
     size: int = 0
@@ -64,8 +65,8 @@ class Writer:
     published: tuple[int, int, int] = (0, 0, 0)
     """Records, tokens and bytes of what was published."""
 
-    def add(self, key: bytes, stored: Stored) -> None:
-        self.keys.append(key)
+    def add(self, record: Wanted, stored: Stored) -> None:
+        self.records.append(record)
         self.stored.append(stored)
         self.size += stored.rows.nbytes
 
@@ -74,13 +75,14 @@ class Writer:
         return self.size >= PIECE_BYTES or time.monotonic() - self.since >= PIECE_SECONDS
 
     def publish(self) -> None:
-        if self.keys:
+        if self.records:
+            keys, texts = ([getattr(each, name) for each in self.records] for name in ("key", "text"))
             with as_user_error(self.folder.path, "data.cache_dir"):
-                file = write_piece(self.folder, self.shard, self.keys, self.stored, self.made_with)
+                file = write_piece(self.folder, self.shard, keys, self.stored, self.made_with, texts)
             records, tokens, size = self.published
             tokens += sum(len(stored.rows) for stored in self.stored)
-            self.published = records + len(self.keys), tokens, size + file.stat().st_size
-        self.keys, self.stored, self.size, self.since = [], [], 0, time.monotonic()
+            self.published = records + len(self.records), tokens, size + file.stat().st_size
+        self.records, self.stored, self.size, self.since = [], [], 0, time.monotonic()
 
 
 def write_cache(run: RunConfig, shard: Shard, ranks: Ranks, output: Path | None = None) -> None:
@@ -101,6 +103,7 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks, output: Path | None 
             f"teacher.quantize: with {teacher.quantize} one process alone makes a cache, since several "
             "would split the teacher; set launch.processes=1"
         )
+    check_quantize(teacher, ranks.device)
     limits = Limits(run.data.max_length, run.data.max_prompt_length, run.data.bos)
     records, (_, tokenizer) = read_records(run.data.train), load_tokenizers(run, limits)
     about = described(run, teacher, ranks)
@@ -108,11 +111,10 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks, output: Path | None 
     with ExitStack() as stack:
         ranks.together(lambda: stack.enter_context(folder.held(shard, print)) if ranks.is_main else None)
         ranks.together(lambda: mend(folder, shard, about) if ranks.is_main else None)
-        known = {key for piece in open_pieces(folder) for key in piece.keys}
-        wanted = records_of(shard.of_rank(ranks.rank, ranks.world_size), records, tokenizer, limits, ranks)
-        missing = [each for each in wanted if each.key not in known]
+        own = shard.of_rank(ranks.rank, ranks.world_size)
+        wanted, missing = look_through(own, open_pieces(folder), records, tokenizer, limits, ranks)
         writer = Writer(folder, shard, made_with(tokenizer, limits))
-        tell = progress_file(run, folder, output if ranks.is_main else None, *totals(wanted, missing, ranks))
+        tell = progress_file(run, folder, output if ranks.is_main else None, *totals(wanted, len(missing), ranks))
         headless = ranks.sum_int(ranks.is_main and shard.index == 0 and not folder.ends.is_file())
         if ranks.sum_int(len(missing)) or headless:
             running = load_running(teacher, tokenizer, run.engine.precision, ranks)
@@ -128,7 +130,7 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks, output: Path | None 
             keep_states(running, batches, len(missing), teacher.cache_precision, writer, ranks, tell)
         tell(ranks.sum_int(writer.published[0]))
         ranks.stop_if_asked()
-        figures = ranks.gather((len(wanted), *writer.published))
+        figures = ranks.gather((wanted, *writer.published))
     if ranks.is_main:
         there, made, tokens, size = (sum(each) for each in zip(*figures, strict=True))
         print(
@@ -137,10 +139,10 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks, output: Path | None 
         )
 
 
-def totals(wanted: Sequence[Wanted], missing: Sequence[Wanted], ranks: Ranks) -> tuple[int, int]:
+def totals(wanted: int, missing: int, ranks: Ranks) -> tuple[int, int]:
     """How many records all ranks want, and how many of them are there. Collective."""
-    total = ranks.sum_int(len(wanted))
-    return total, total - ranks.sum_int(len(missing))
+    total = ranks.sum_int(wanted)
+    return total, total - ranks.sum_int(missing)
 
 
 def progress_file(
@@ -173,7 +175,8 @@ def mend(folder: CacheFolder, shard: Shard, about: About) -> None:
         if not folder.about.is_file():
             write_json(folder.about, about)
         for piece in open_pieces(folder, put_aside):
-            problem = damage(piece) if any(shard.holds(key) for key in piece.keys) else None
+            first = (*piece.texts, *piece.keys)[:1]
+            problem = damage(piece) if any(map(shard.holds, first)) else None  # each piece is looked at by one task
             if problem is not None:
                 put_aside(piece.file, problem)
         if shard.index == 0 and folder.ends.is_file():
@@ -185,19 +188,27 @@ def mend(folder: CacheFolder, shard: Shard, about: About) -> None:
 
 def put_aside(file: Path, problem: str) -> None:
     print(problem)
-    file.rename(set_aside(file))
+    with suppress(FileNotFoundError):  # another task has done so
+        file.rename(set_aside(file))
 
 
-def records_of(shard: Shard, records: Records, tokenizer: Tokenizer, limits: Limits, ranks: Ranks) -> list[Wanted]:
-    """The records of a shard, those of equal tokens once."""
-    found: dict[bytes, Wanted] = {}
+def look_through(
+    shard: Shard, pieces: Sequence[Piece], records: Records, tokenizer: Tokenizer, limits: Limits, ranks: Ranks
+) -> tuple[int, list[Wanted]]:
+    """How many records a shard holds, those of equal texts once, and which of them are in no piece."""
+    keys = {key for piece in pieces for key in piece.keys}
+    known, own = known_texts(pieces, keys, records, tokenizer, limits), set[bytes]()
+    missing: dict[bytes, Wanted] = {}
     for index in range(len(records)):
-        sample = tokenize(tokenizer, records[index], limits)
-        key = record_key(sample)
-        if shard.holds(key) and key not in found:
-            found[key] = Wanted(len(sample.prompt) + len(sample.response), index, key)
+        record = records[index]
+        text = text_key(record)
+        if shard.holds(text) and text not in own:
+            own.add(text)
+            sample = None if text in known else tokenize(tokenizer, record, limits)
+            if sample is not None and (key := record_key(sample)) not in keys:
+                missing[key] = Wanted(len(sample.prompt) + len(sample.response), index, key, text)
         ranks.flags.moved()
-    return list(found.values())
+    return len(own), list(missing.values())
 
 
 def batches_of(records: Sequence[Wanted], budget: int) -> Iterator[list[Wanted]]:
@@ -260,7 +271,7 @@ def keep_states(
                 if precision != "exact" and not error.is_known:
                     error.add(teacher.ends.head(), states, stored, side.labels)
                 for each, one in zip(wanted, stored.split(side.lengths), strict=True):
-                    writer.add(each.key, one)
+                    writer.add(each, one)
                 done += len(wanted)
             flags.moved()
             progress(done, total)
