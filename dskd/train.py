@@ -59,7 +59,7 @@ def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
         total, steps = training.length.total_steps, Steps(training.plan, training.train, ranks.rank, ranks.world_size)
         pin_memory = ranks.device.type == "cuda"
         batches = load_steps(steps, state.step, total, run.data.workers, pin_memory, ignore_signals)
-        monitor = stack.enter_context(Monitor(directory, total, ranks.is_main, state.step))
+        monitor = stack.enter_context(Monitor(directory, total, ranks.is_main, state.step, run))
         announce(training, state, [*past.notes, *manager.notes])
         LOG.info(manager.copies.told)
         if state.step:

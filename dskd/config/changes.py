@@ -13,6 +13,7 @@ HARMLESS = (
     "checkpoint.",
     "launch.",
     "output.",
+    "report.",
     "description",
     "data.workers",
     "train.micro_batch_size",

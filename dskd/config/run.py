@@ -15,6 +15,7 @@ from dskd.config.hub import cache_folder, hub_name, model_name
 from dskd.config.launch import LaunchConfig
 from dskd.config.methods import DualSpaceConfig, MethodConfig
 from dskd.config.models import StudentConfig, TeacherConfig
+from dskd.config.report import ReportConfig
 from dskd.config.training import CheckpointConfig, EvalConfig, TrainConfig
 
 BEST = "best"
@@ -61,6 +62,8 @@ class RunConfig:
     """Processes."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """Where everything is written."""
+    report: ReportConfig = ReportConfig()
+    """Live trackers."""
     description: str = ""
     """One line for `dskd recipes`."""
 

@@ -1,4 +1,4 @@
-"""What a run tells: train.log, metrics.jsonl, a progress bar on a terminal, TensorBoard where it is installed."""
+"""What a run tells: train.log, metrics.jsonl, a progress bar on a terminal, TensorBoard and trackers."""
 
 import json
 import logging
@@ -14,6 +14,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dskd.config.run import RunConfig
+from dskd.engine.trackers import LiveTracker, open_trackers
 from dskd.rundir.files import as_user_error, persistently, write_all
 from dskd.rundir.layout import RunDirectory
 
@@ -34,8 +36,11 @@ SHOWN = {
 class Monitor:
     """Writes a run's log and metrics on the main rank; silent on the others."""
 
-    def __init__(self, directory: RunDirectory, total_steps: int, is_main: bool, done: int = 0) -> None:
-        """`done`: the steps that earlier starts of the run have made."""
+    def __init__(
+        self, directory: RunDirectory, total_steps: int, is_main: bool, done: int = 0, run: RunConfig | None = None
+    ) -> None:
+        """`done`: the steps that earlier starts of the run have made; `run` says which live trackers get them too."""
+        self.run, self.trackers = run, list[LiveTracker]()
         self.directory, self.total_steps, self.is_main, self.done = directory, total_steps, is_main, done
         self.stack = ExitStack()
         self.last_line, self.started, self.first = 0.0, time.monotonic(), 0
@@ -68,6 +73,8 @@ class Monitor:
         self.stack.callback(setattr, threading, "excepthook", threading.excepthook)
         threading.excepthook = lambda failed: LOG.warning(f"thread {failed.thread}: {one_line(failed.exc_value)}")
         self.board = self.tensorboard()
+        if self.run is not None:
+            self.trackers = open_trackers(self.run, LOG.warning)
         return self
 
     def add_handler(self, handler: logging.Handler, format_: str) -> None:
@@ -101,6 +108,8 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.on_board(lambda board: board.close())
+        for tracker in self.trackers:
+            tracker.close()
         self.stack.close()
 
     def step(self, figures: Mapping[str, float | int]) -> None:
@@ -129,12 +138,14 @@ class Monitor:
         return os.fstat(self.metrics.fileno()).st_size
 
     def write(self, figures: Mapping[str, float | int | str]) -> None:
-        """One object in metrics.jsonl, and the same on TensorBoard."""
+        """One object in metrics.jsonl, and the same on TensorBoard and to the trackers."""
         if not self.is_main:
             return
         with as_user_error(self.directory.path):
             write_all(self.metrics, (json.dumps(figures) + "\n").encode())
         self.on_board(lambda board: add_scalars(board, figures))
+        for tracker in self.trackers:
+            tracker.write(figures)
 
 
 def close_quietly(handler: logging.Handler) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dskd.report.document import Chart, Line, RangeChart
 from dskd.report.escape import html
 
-WIDTH, HEIGHT = 480, 270
+WIDTH, HEIGHT = 480, 275
 LEFT, RIGHT, TOP, BOTTOM = 56, 348, 10, 240
 """The plot's edges; labels stand to its right."""
 LABEL_GAP = 13.0
 MOST_LABELS = 16
-LABEL_LENGTH = 19
+LABEL_LENGTH = 16
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 DARK_COLOURS = ("#56b4e9", "#ff8533", "#2bc79a", "#e69ac4", "#f0b429", "#9fd4f5", "#bbbbbb")
 DASHES = ("none", "7 3", "2 3", "10 3 2 3", "5 2 1 2 1 2")
@@ -58,6 +58,8 @@ def vertical(low: float, high: float, log: bool) -> tuple[list[float], Scale]:
         ticks = decades(low, high)
         inner = linear(math.log10(ticks[0]), math.log10(ticks[-1]), BOTTOM, TOP)
         return ticks, lambda value: inner(math.log10(value))
+    if low == high:  # a constant in the middle
+        low, high = (0.0, 1.0) if low == 0 else sorted((low / 2, low * 1.5))
     ticks = nice_ticks(low, high, around=True)
     return ticks, linear(ticks[0], ticks[-1], BOTTOM, TOP)
 
@@ -143,7 +145,7 @@ def labels(lines: Sequence[Line], x: Scale, y: Scale) -> str:
     found = []
     for line, place in zip(ends, places, strict=True):
         name = line.label.rpartition(", seed ")[0] or line.label
-        text = str(line.style + 1) if many else name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…"
+        text = str(line.style + 1) if many else shortened(name, LABEL_LENGTH)
         end = line.points[-1]
         found.append(
             f'<path class="lead s{style_number(line.style)}" d="M{x(end[0]):.1f} {y(end[1]):.1f}'
@@ -151,6 +153,11 @@ def labels(lines: Sequence[Line], x: Scale, y: Scale) -> str:
             f'<text class="label" x="{RIGHT + 15}" y="{place + 4:.1f}">{html(text)}</text>'
         )
     return "".join(found)
+
+
+def shortened(name: str, longest: int) -> str:
+    """A name without its middle where it is too long: names often differ at their ends."""
+    return name if len(name) <= longest else f"{name[: longest // 3]}…{name[longest // 3 + 1 - longest :]}"
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
@@ -178,7 +185,7 @@ def range_chart(chart: RangeChart) -> str:
     for i, each in enumerate(chart.ranges):
         y, style = TOP + row * (i + 0.5), style_number(each.style)
         told = f"{each.label}: median {short(each.middle)}, half of them from {short(each.low)} to {short(each.high)}"
-        name = each.label if len(each.label) <= 30 else each.label[:29] + "…"
+        name = shortened(each.label, 26)
         found.append(
             f'<text x="{left - 6}" y="{y + 4:g}" text-anchor="end">{html(name)}</text>'
             f'<path class="range f{style}" d="M{x(each.low):.1f} {y - 3:g}H{x(each.high):.1f}v6H{x(each.low):.1f}z">'

@@ -39,6 +39,7 @@ KNOWN = {
     "s2t_accuracy": Figure("s2t_accuracy: the projected student agrees"),
     "aligned_tokens": Figure("aligned_tokens: share of response tokens"),
     "samples_without_alignment": Figure("samples_without_alignment: share"),
+    "padding": Figure("padding: share of the student's places"),
     "tokens_per_second": Figure("response tokens a second"),
     "gpu_gib": Figure("memory of the main rank's GPU, peak so far, GiB"),
     "grad_norm": Figure("norm of the gradient", log=True),

@@ -3,7 +3,7 @@
 OUTPUT.ROOT/STUDENT/METHOD/NAME/
   run.yaml args.json                 what runs, resolved; with versions, git revision and the number of steps
   train.log metrics.jsonl            the log; one JSON object a step, and one an evaluation
-  tensorboard/                       where tensorboard is installed
+  tensorboard/ wandb/                where tensorboard is installed; where report.trackers has wandb
   epoch3_step900_loss2.4512_rougel24.1031/
                                      a saved model, its projectors.safetensors and MANIFEST.json (sizes, sha256)
   best                               link to the best of these

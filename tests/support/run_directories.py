@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dskd.config.load import load_run, to_yaml
-from dskd.evaluate import Answer, mean_scores, summary
+from dskd.evaluation.answers import Answer, mean_scores
+from dskd.evaluation.scores import summary
 from dskd.rundir.layout import ModelName, RunDirectory, evaluation_of
 
 
