@@ -1,5 +1,6 @@
 """What stands before the first step: data, models and method, checked, around one DeepSpeed engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,12 +33,22 @@ from dskd.losses.method import Method
 from dskd.losses.sft import Sft
 from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
 from dskd.models.load import load_projectors, load_student, load_tokenizers
-from dskd.models.views import ModelBody, ModelEnds, ModelView, check_view, check_vocabulary, response_tokens
+from dskd.models.views import (
+    ModelBody,
+    ModelEnds,
+    ModelView,
+    check_view,
+    check_vocabulary,
+    response_tokens,
+    try_packing,
+)
 from dskd.rundir.files import as_user_error
 from dskd.rundir.read import RunLength
 from dskd.teachers.backends import load_teacher
 from dskd.teachers.cache.read import check_complete
 from dskd.teachers.cached import CachedTeacher
+from dskd.teachers.resident import ResidentTeacher
+from dskd.teachers.sharded import ShardedTeacher
 from dskd.teachers.teacher import Teacher
 
 
@@ -72,6 +83,8 @@ class Training:
     length: RunLength
     train: Collator
     dev: Collator
+    notes: tuple[str, ...] = ()
+    """What the log says before the first step."""
 
     @property
     def distiller(self) -> Distiller:
@@ -121,10 +134,27 @@ def assemble(run: RunConfig, ranks: Ranks) -> Training:
     align = aligner(run.method.alignment, other_tokenizer, tokenizer) if other_tokenizer is not None else None
     train_data = Collator(train_records, tokenizer, other_tokenizer, limits, align, stored)
     dev_data = Collator(dev_records, tokenizer, None, limits)
+    notes = []
     if run.train.micro_batch_tokens is not None:
-        plan = replace(plan, budget=Budget(run.train.micro_batch_tokens, train_data.lengths))
+        problem = why_padded([view, *views_of(teacher)], run.data.max_length, ranks)
+        notes = [] if problem is None else [f"train.micro_batch_tokens: micro-batches have padding, since {problem}"]
+        train_data.packed = problem is None
+        budget = Budget(run.train.micro_batch_tokens, train_data.lengths, train_data.packed)
+        plan = replace(plan, budget=budget)
     length = length_of(run, plan)
-    return Training(run, ranks, engine, view.ends, teacher, plan, length, train_data, dev_data)
+    return Training(run, ranks, engine, view.ends, teacher, plan, length, train_data, dev_data, tuple(notes))
+
+
+def views_of(teacher: Teacher | None) -> list[ModelView]:
+    """The teacher's view, where it runs here."""
+    return [teacher.view] if isinstance(teacher, ResidentTeacher | ShardedTeacher) else []
+
+
+def why_padded(views: Sequence[ModelView], longest: int, ranks: Ranks) -> str | None:
+    """Let bodies run without padding; None where all of them can, on all ranks. A collective call."""
+    tried = ((view, try_packing(view, longest)) for view in views)
+    own = [f"{view.key}, a {type(view.causal).__name__}, needs it: {problem}" for view, problem in tried if problem]
+    return next((problem for problems in ranks.gather(own) for problem in problems), None)
 
 
 def length_of(run: RunConfig, plan: Plan) -> RunLength:

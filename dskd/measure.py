@@ -9,7 +9,7 @@ import torch
 
 from dskd.assemble import Training, assemble
 from dskd.config.run import RunConfig
-from dskd.data.batch import Batch
+from dskd.data.batch import Batch, longest_of
 from dskd.engine.distributed import Ranks
 from dskd.plan.measured import Measured
 from dskd.train import train_step
@@ -30,7 +30,7 @@ def measure(run: RunConfig, ranks: Ranks) -> Measured:
     sides = [batch.student for batch in batches]
     own = {
         "peak": peak_bytes(ranks.device) - bare,
-        "longest": max(side.input_ids.shape[1] for side in sides),
+        "longest": longest_of(sides),
         "padded": sum(side.input_ids.numel() for side in sides),
         "responses": sum(len(side.labels) for side in sides),
         "most": max(len(side.labels) for side in sides),

@@ -60,7 +60,7 @@ def train(run: RunConfig, ranks: Ranks, force: bool = False) -> Path:
         pin_memory = ranks.device.type == "cuda"
         batches = load_steps(steps, state.step, total, run.data.workers, pin_memory, ignore_signals)
         monitor = stack.enter_context(Monitor(directory, total, ranks.is_main, state.step, run))
-        announce(training, state, [*past.notes, *manager.notes])
+        announce(training, state, [*past.notes, *manager.notes, *training.notes])
         LOG.info(manager.copies.told)
         if state.step:
             state = manager.keep(evaluate_if_due(training, manager, monitor, state), monitor)

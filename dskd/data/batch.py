@@ -1,11 +1,13 @@
-"""Samples -> padded tensors, with the response tokens of the micro-batch as flat indices."""
+"""Samples -> tensors, padded or packed, with the response tokens of the micro-batch as flat indices."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dskd.data.alignment import IntArray
 from dskd.data.tokenization import Sample
@@ -13,26 +15,30 @@ from dskd.data.tokenization import Sample
 
 @dataclass(frozen=True)
 class Side:
-    """A micro-batch for one model. B samples, S the longest, N response tokens in all.
+    """A micro-batch for one model. B samples, S the longest, N response tokens in all, T tokens in all.
 
-    Position p predicts the token at p + 1: `positions` are the places (in B x S, flattened) whose next token is a
+    Position p predicts the token at p + 1: `positions` are the places (in `input_ids`, flattened) whose next token is a
     response token, `labels` those next tokens. What is padding is said by `attention_mask`, never by an id.
     """
 
-    input_ids: Tensor  # [B, S] int64
+    input_ids: Tensor  # [B, S] int64; packed, one sample after the other, [1, T]
     attention_mask: Tensor  # [B, S] int64, 1 where there is a token
     positions: Tensor  # [N] int64
     inputs: Tensor  # [N] int64, the token at each position
     labels: Tensor  # [N] int64
     lengths: tuple[int, ...]  # response tokens of each sample; their sum is N
+    places: Tensor | None = None  # [T] packed alone: where in B x S, flattened, each token would stand
 
     def to(self, device: torch.device) -> Self:
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lengths"}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()})
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        pinned = {f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "lengths"}
-        return replace(self, **pinned)
+        return self.each(lambda tensor: tensor.pin_memory())
+
+    def each(self, move: Callable[[Tensor], Tensor]) -> Self:
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **values)
 
 
 @dataclass(frozen=True)
@@ -79,23 +85,62 @@ def flat_pairs(
     return torch.cat(found)
 
 
-def collate(samples: Sequence[Sample], pad_id: int = 0) -> Side:
-    """Pad on the right to the longest sample.
+def collate(samples: Sequence[Sample], pad_id: int = 0, packed: bool = False) -> Side:
+    """Pad on the right to the longest sample, or pack: put one after the other.
 
     A response token without anything before it (an empty prompt, no BOS) has no place that predicts it and is left out.
     """
-    longest = max(len(s.prompt) + len(s.response) for s in samples)
-    input_ids = torch.full((len(samples), longest), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(samples), longest), dtype=torch.int64)
+    ends = [len(s.prompt) + len(s.response) for s in samples]
+    rows, longest = len(samples), max(ends)
+    mask = torch.arange(longest) < torch.tensor(ends)[:, None]
+    starts = list(accumulate(ends[:-1], initial=0)) if packed else [row * longest for row in range(rows)]
+    ids = torch.full((sum(ends) if packed else rows * longest,), pad_id, dtype=torch.int64)
     positions, labels, lengths = [], [], []
-    for row, sample in enumerate(samples):
-        start, end = len(sample.prompt), len(sample.prompt) + len(sample.response)
-        input_ids[row, :start] = torch.from_numpy(sample.prompt)
-        input_ids[row, start:end] = torch.from_numpy(sample.response)
-        attention_mask[row, :end] = 1
+    for sample, begin, end in zip(samples, starts, ends, strict=True):
+        start = len(sample.prompt)
+        ids[begin : begin + start] = torch.from_numpy(sample.prompt)
+        ids[begin + start : begin + end] = torch.from_numpy(sample.response)
         first = max(start, 1)
-        positions.append(torch.arange(first - 1, end - 1) + row * longest)
-        labels.append(input_ids[row, first:end])
+        positions.append(torch.arange(first - 1, end - 1) + begin)
+        labels.append(ids[begin + first : begin + end])
         lengths.append(end - first)
     flat = torch.cat(positions)
-    return Side(input_ids, attention_mask, flat, input_ids.flatten()[flat], torch.cat(labels), tuple(lengths))
+    return Side(
+        ids.view(1, -1) if packed else ids.view(rows, longest),
+        mask.long(),
+        flat,
+        ids[flat],
+        torch.cat(labels),
+        tuple(lengths),
+        mask.flatten().nonzero().squeeze(-1) if packed else None,
+    )
+
+
+def joined(sides: Sequence[Side]) -> Side:
+    """Micro-batches as one, all padded or all packed, with their response tokens one after the other."""
+    longest = longest_of(sides)
+    rows = list(accumulate((len(side.lengths) for side in sides), initial=0))
+
+    def widened(places: Tensor, side: Side, row: int) -> Tensor:
+        width = side.attention_mask.shape[1]
+        return (places // width + row) * longest + places % width
+
+    together = [pad(side.attention_mask, (0, longest - side.attention_mask.shape[1])) for side in sides]
+    places = [
+        widened(side.places, side, row) for side, row in zip(sides, rows, strict=False) if side.places is not None
+    ]
+    if places:
+        ids = torch.cat([side.input_ids for side in sides], dim=1)
+        starts = accumulate((side.input_ids.shape[1] for side in sides), initial=0)
+        positions = [side.positions + start for side, start in zip(sides, starts, strict=False)]
+    else:
+        ids = torch.cat([pad(side.input_ids, (0, longest - side.input_ids.shape[1])) for side in sides])
+        positions = [widened(side.positions, side, row) for side, row in zip(sides, rows, strict=False)]
+    inputs, labels = (torch.cat(each) for each in ([s.inputs for s in sides], [s.labels for s in sides]))
+    lengths = tuple(length for side in sides for length in side.lengths)
+    mask = torch.cat(together)
+    return Side(ids, mask, torch.cat(positions), inputs, labels, lengths, torch.cat(places) if places else None)
+
+
+def longest_of(sides: Sequence[Side]) -> int:
+    return max(side.attention_mask.shape[1] for side in sides)

@@ -103,6 +103,8 @@ class Collator:
     """Pairs the tokens of both sides' responses, where the method asks for it."""
     read_states: ReadStates | None = None
     """Reads the teacher's hidden states, where they are stored."""
+    packed: bool = False
+    """Whether records follow one another without padding."""
     samples: Recent[tuple[Sample, Sample]] = field(default_factory=Recent)
     """What this process has tokenized last, for student and teacher."""
     pairs: Recent[IntArray] = field(default_factory=Recent)
@@ -113,8 +115,8 @@ class Collator:
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         samples = [self.sample(index) for index in indices]
-        student = collate([own for own, _ in samples])
-        teacher = student if self.teacher is None else collate([other for _, other in samples])
+        student = collate([own for own, _ in samples], packed=self.packed)
+        teacher = student if self.teacher is None else collate([other for _, other in samples], packed=self.packed)
         pairs = None if self.align is None else flat_pairs([self.pair(i) for i in indices], samples, teacher, student)
         states = None if self.read_states is None else self.read_states([other for _, other in samples])
         return Batch(tuple(indices), student, teacher, pairs, states)

@@ -2,15 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dskd.config.errors import UserError
-from dskd.data.batch import Side
+from dskd.config.errors import UserError, one_line
+from dskd.data.batch import Side, collate
+from dskd.data.tokenization import Sample
 from dskd.losses.streaming import StreamedLogits
 from dskd.losses.tensors import Head, Tokens
+from dskd.models.packing import PACKED, packed_inputs
 
 
 class ModelEnds:
@@ -45,7 +48,12 @@ class ModelBody:
 
     def states(self, side: Side) -> Tensor:
         """Hidden states [N, D] of a micro-batch's response tokens."""
-        return self.hidden(side.input_ids, side.attention_mask).flatten(0, 1)[side.positions]
+        if side.places is None:
+            hidden = self.hidden(side.input_ids, side.attention_mask)
+        else:
+            inputs = packed_inputs(side.places, *side.attention_mask.shape)
+            hidden = self.module(input_ids=side.input_ids, use_cache=False, **inputs).last_hidden_state
+        return hidden.flatten(0, 1)[side.positions]
 
 
 class ModelView:
@@ -113,6 +121,44 @@ def check_view(view: ModelView) -> None:
             f"{name}: its logits are not its output layer times its last hidden state (relative difference "
             f"{difference:.1e}, allowed {tolerance:.0e}); it scales or shifts them in a way that is not known here"
         )
+
+
+def try_packing(view: ModelView, longest: int) -> str | None:
+    """Let a body run packed micro-batches; why it cannot, where it then gives other hidden states or fails.
+
+    Compares records of up to `longest` tokens with the same ones padded. Collective under ZeRO-3.
+    """
+    causal, before = view.causal, view.causal.config.get_text_config()._attn_implementation
+    if before != "sdpa":
+        return f"its attention is {before}, and only sdpa is packed"
+    training = causal.training
+    causal.eval().set_attn_implementation(PACKED)
+    try:
+        problem = packing_problem(view, longest)
+    except Exception as error:  # whatever a model makes of a mask that it does not know
+        problem = f"it fails ({one_line(f'{type(error).__name__}: {error}', 200)})"
+    causal.train(training)
+    if problem is not None:
+        causal.set_attn_implementation(before)
+    return problem
+
+
+@torch.no_grad()
+def packing_problem(view: ModelView, longest: int) -> str | None:
+    """What differs between the hidden states of a packed and of a padded micro-batch, if too much does."""
+    embeddings = view.ends.embeddings
+    lengths = (longest, max(2, longest // 2), 2)
+    ids = np.arange(sum(lengths)) * 7 % embeddings.num_embeddings
+    records = [Sample(own[:1], own[1:]) for own in np.split(ids, np.cumsum(lengths)[:-1])]
+    expected, found = (
+        view.body.states(collate(records, packed=packed).to(embeddings.weight.device)).float()
+        for packed in (False, True)
+    )
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    tolerance = 1e-4 if embeddings.weight.dtype == torch.float32 else 3e-2
+    if difference < tolerance:
+        return None
+    return f"its hidden states are then others (relative difference {difference:.1e}, allowed {tolerance:.0e})"
 
 
 def check_vocabulary(view: ModelView, tokenizer: Any) -> None:

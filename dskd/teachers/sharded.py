@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.functional import pad
 
 from dskd.config.errors import UserError
 from dskd.config.models import TeacherConfig
-from dskd.data.batch import Batch, Side
+from dskd.data.batch import Batch, Side, joined, longest_of
 from dskd.engine.distributed import Ranks
 from dskd.losses.tensors import Head, Model
 from dskd.models.load import loading
@@ -76,15 +75,8 @@ class ShardedTeacher:
 
     def run(self, sides: Sequence[Side]) -> list[Tensor]:
         """Last hidden states [N, D] of the response tokens of each micro-batch, in one forward."""
-        longest = longest_of(sides)
-        ids, mask = (
-            torch.cat([pad(each, (0, longest - each.shape[1])) for each in padded])
-            for padded in ([s.input_ids for s in sides], [s.attention_mask for s in sides])
-        )
-        hidden = torch.split(self.view.body.hidden(ids, mask), [len(side.input_ids) for side in sides])
-        widths = [side.input_ids.shape[1] for side in sides]
-        own = (states[:, :width].flatten(0, 1) for states, width in zip(hidden, widths, strict=True))
-        return [states[side.positions] for states, side in zip(own, sides, strict=True)]
+        states = self.view.body.states(joined(sides))
+        return list(torch.split(states, [len(side.labels) for side in sides]))
 
     def help_others(self, side: Side) -> None:
         """Take part in a forward of ranks that have more to do: with one token."""
@@ -97,15 +89,18 @@ def grouped(sides: Sequence[Side], most: int) -> list[list[Side]]:
     groups: list[list[Side]] = []
     for side in sides:
         together = [*groups[-1], side] if groups else []
-        if together and longest_of(together) * sum(len(each.input_ids) for each in together) <= most:
+        if together and tokens_of(together) <= most:
             groups[-1] = together
         else:
             groups.append([side])
     return groups
 
 
-def longest_of(sides: Sequence[Side]) -> int:
-    return max(side.input_ids.shape[1] for side in sides)
+def tokens_of(sides: Sequence[Side]) -> int:
+    """Tokens that go through a layer when these run together, padding included."""
+    if sides[0].places is not None:
+        return sum(side.input_ids.numel() for side in sides)
+    return longest_of(sides) * sum(len(side.lengths) for side in sides)
 
 
 def load_sharded(settings: TeacherConfig, tokenizer: object, precision: str, ranks: Ranks) -> ShardedTeacher:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dskd.data.batch import Batch, Side, collate
+from dskd.data.batch import Batch, Side, collate, joined
 from dskd.data.tokenization import Sample
 
 
@@ -46,6 +46,27 @@ samples_ = st.lists(st.builds(sample, st.lists(ids, max_size=4), st.lists(ids, m
 def test_a_batch_is_what_the_plain_reference_says(samples, pad_id):
     """Token ids are few, so that the padding's id is that of a real token or of EOS as well."""
     assert_is_reference(collate(samples, pad_id), samples, pad_id)
+
+
+@given(samples_)
+def test_a_packed_batch_is_the_padded_one_without_padding(samples):
+    padded, packed = collate(samples), collate(samples, packed=True)
+    tokens = padded.attention_mask.flatten().nonzero().squeeze(-1)
+    assert torch.equal(packed.places, tokens)
+    assert torch.equal(packed.input_ids[0], padded.input_ids.flatten()[tokens])
+    assert torch.equal(packed.places[packed.positions], padded.positions)
+    for name in ("attention_mask", "inputs", "labels"):
+        assert torch.equal(getattr(packed, name), getattr(padded, name))
+    assert packed.lengths == padded.lengths
+
+
+@given(st.lists(samples_, min_size=1, max_size=4), st.booleans())
+def test_micro_batches_joined_are_one_of_all_samples(batches, packed):
+    found = joined([collate(samples, packed=packed) for samples in batches])
+    expected = collate([sample for samples in batches for sample in samples], packed=packed)
+    assert found.lengths == expected.lengths
+    for name in ("input_ids", "attention_mask", "positions", "inputs", "labels", *(["places"] if packed else [])):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 def test_an_example_by_hand():

@@ -1,5 +1,7 @@
 """What the losses see of a model is what the model itself computes, or the model is refused."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from dskd.config.errors import UserError
 from dskd.data.batch import collate
 from dskd.data.tokenization import Sample
+from dskd.models import views
 from dskd.models.load import DTYPES, load_causal_lm
-from dskd.models.views import ModelView, check_view, check_vocabulary, response_tokens
+from dskd.models.views import ModelView, check_view, check_vocabulary, response_tokens, try_packing
 
 FAMILIES = ["gpt2", "llama", "qwen2", "mistral", "gemma2"]
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -185,3 +188,40 @@ def test_a_tokenizer_with_ids_beyond_the_embeddings_is_refused(tiny):
 
 def test_the_precisions_are_those_of_the_settings():
     assert {"bf16": torch.bfloat16, "fp32": torch.float32} == DTYPES
+
+
+PACKABLE = {"gpt2": {}, "llama": {}, "qwen2": {}, "mistral": {"sliding_window": 6}}
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_packed_records_have_the_states_and_gradients_of_padded_ones(tiny, family):
+    """In a row of their own kind of length too, and whatever stands before them; padded ones run as before."""
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
+    model = load_causal_lm(tiny(family, **PACKABLE[family], **still), "student.path", "fp32", False).train()
+    view, rng = ModelView(model, "student.path"), np.random.default_rng(1)
+    records = [sample(rng, *lengths) for lengths in ((3, 9), (0, 4), (7, 1), (0, 1), (20, 5))]
+    weight = torch.randn(sum(collate(records).lengths), 32)
+    found = []
+    for packed in (False, True, False):
+        if packed:
+            assert try_packing(view, 40) is None
+            assert model.training
+        states = view.body.states(collate(records, packed=packed))
+        (states * weight).sum().backward()
+        found.append([states.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    for own, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(own, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
+    assert all(torch.equal(own, expected) for own, expected in zip(found[2], found[0], strict=True))
+    assert "packed" not in model.config.to_json_string()
+
+
+def test_a_body_that_packing_would_change_is_left_as_it_is(tiny, monkeypatch):
+    model = load_causal_lm(tiny("llama"), "student.path", "fp32", False)
+    for wrong, problem in (
+        (lambda places, *shape: {"position_ids": places[None]}, r"its hidden states are then others \(relative "),
+        (lambda places, *shape: {"attention_mask": places.view(2, 3, -1)}, r"it fails \(\w+Error: "),
+    ):
+        monkeypatch.setattr(views, "packed_inputs", wrong)
+        assert re.match(problem, try_packing(ModelView(model, "student.path"), 40))
+        assert model.config._attn_implementation == "sdpa"

@@ -194,6 +194,13 @@ MUTANTS = (
         "tests/engine/test_micro_batches.py",
     ),
     Mutant(
+        "attention that looks past its window",
+        "dskd/models/packing.py",
+        "window >= longest",
+        "window >= 0",
+        "tests/models/test_views.py",
+    ),
+    Mutant(
         "each token predicted from itself",
         "dskd/data/batch.py",
         "torch.arange(first - 1, end - 1)",

@@ -22,6 +22,7 @@ from dskd.data.tokenization import Sample
 from dskd.engine.distributed import Ranks
 from dskd.launch.ranks import free_port, rank_environment
 from dskd.models.load import load_tokenizer
+from dskd.models.views import try_packing
 from dskd.teachers import sharded
 from dskd.teachers.resident import load_resident
 from dskd.teachers.sharded import grouped, load_sharded
@@ -31,14 +32,18 @@ FAMILIES = ["gpt2", "llama", "gemma2"]
 METHODS = ["kd", "dskd_cma", "uld", "dskd_v2"]
 
 
-@pytest.fixture
-def batches():
-    """Micro-batches of several sizes, one with a response that nothing predicts."""
+def micro_batches(packed=False):
+    """Of several sizes, one with a response that nothing predicts."""
     rng = np.random.default_rng(0)
     sizes = [[(3, 6), (0, 4)], [(7, 1)], [(1, 12), (9, 9), (2, 2)], [(0, 1)]]
     samples = [[Sample(rng.integers(0, 300, p), rng.integers(0, 300, r)) for p, r in micro] for micro in sizes]
-    sides = [collate(micro) for micro in samples]
+    sides = [collate(micro, packed=packed) for micro in samples]
     return [Batch((), side, side) for side in sides]
+
+
+@pytest.fixture
+def batches():
+    return micro_batches()
 
 
 def both(path, ranks, **settings):
@@ -68,6 +73,15 @@ def test_states_and_ends_are_the_resident_teacher_s(family, most_tokens, tiny, r
     whole, pieces = both(tiny(family), ranks)
     for step in (batches, batches[2:], batches[:1]):
         assert_same(whole, pieces, step)
+
+
+@pytest.mark.parametrize("most_tokens", [1, 30, 2**14])
+def test_states_of_packed_micro_batches_are_those_of_padded_ones(most_tokens, tiny, ranks, batches, monkeypatch):
+    monkeypatch.setattr(sharded, "MOST_TOKENS", most_tokens)
+    whole, pieces = both(tiny("llama"), ranks)
+    assert try_packing(pieces.view, 20) is None
+    for one, other in zip(pieces.states(micro_batches(packed=True)), whole.states(batches), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_head_is_whole_and_nothing_takes_a_gradient(tiny, ranks, batches):
