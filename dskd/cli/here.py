@@ -39,9 +39,8 @@ def resume(
     ] = False,
 ) -> None:
     """Go on with a run that was stopped, from its directory alone: here, or on the cluster that it was submitted to."""
-    from dskd.config.load import override
     from dskd.rundir.layout import RunDirectory
-    from dskd.rundir.read import read_run
+    from dskd.rundir.read import read_changed
 
     if not here and "RANK" not in os.environ and RunDirectory(run_directory).job.submission.is_file():
         from dskd.launch.verbs import resubmit
@@ -49,7 +48,7 @@ def resume(
         return resubmit(run_directory, overrides or [], force)
     from dskd.start import start_training
 
-    start_training(override(read_run(run_directory), overrides or []), force)
+    start_training(read_changed(run_directory, overrides or []), force)
 
 
 def collect(

@@ -66,6 +66,19 @@ def runs_under(root: Path) -> list[Path]:
     return sorted(submitted | begun)
 
 
+def known_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Those that hold a run or were submitted, and what else a pattern such as outputs/*/*/* finds.
+
+    Raises `UserError` where none does.
+    """
+    found = {path: (Jobs.at(path).folder.submission, RunDirectory(path).settings) for path in paths}
+    known = [path for path, files in found.items() if any(file.exists() for file in files)]
+    if not known:
+        for path in paths:
+            require_run(path)
+    return known, [path for path in paths if path not in known]
+
+
 @dataclass(frozen=True)
 class Submitted:
     """What a run directory tells of its last submission."""

@@ -1,18 +1,19 @@
 """The verbs of the launcher: what they read from the command line and print."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError
-from dskd.config.load import load, load_run, override
+from dskd.config.load import load, load_run
 from dskd.config.run import RunConfig
 from dskd.launch import slurm
 from dskd.launch.clusters import find_cluster
 from dskd.launch.pipeline import read_pipeline, run_here, submit_pipeline, would_run, would_submit
 from dskd.launch.request import Request, train_request
-from dskd.launch.status import Status, require_job, runs_under, statuses
+from dskd.launch.status import Status, known_among, require_job, runs_under, statuses
 from dskd.launch.submit import submission_text, submit
 from dskd.plan.advice import judge, verdict_line
 from dskd.plan.machine import Machine, assumed_machine, cluster_machine
@@ -20,7 +21,7 @@ from dskd.plan.measured import Measured, correct
 from dskd.plan.models import read_models
 from dskd.plan.table import show_plan
 from dskd.rundir.jobs import Jobs
-from dskd.rundir.read import is_complete, read_run
+from dskd.rundir.read import is_complete, read_changed
 
 
 def submit_runs(
@@ -91,7 +92,7 @@ def resubmit(directory: Path, overrides: Sequence[str], force: bool) -> None:
     jobs = Jobs.at(directory.absolute())
     job = require_job(jobs)
     started = jobs.directory.settings.is_file()
-    run = override(read_run(directory) if started else load_run(jobs.folder.settings), overrides)
+    run = read_changed(directory, overrides) if started else load_run(jobs.folder.settings, overrides)
     if not started and run.directory != jobs.directory.path:
         raise UserError(f"{directory}: is a shard of a teacher's cache; `dskd pipeline` called again goes on with it")
     if is_complete(jobs.directory) and not overrides:
@@ -135,7 +136,10 @@ def show_status(directories: Sequence[Path] | None) -> None:
     found = list(directories or runs_under(Path("outputs")))
     if not found:
         raise UserError("status: no run is under outputs/; name a run directory")
-    for status in statuses(found):
+    known, others = known_among(found)
+    if others:
+        print(f"skipped, no run (no run.yaml in it): {', '.join(map(str, others))}", file=sys.stderr)
+    for status in statuses(known):
         print(format_status(status))
 
 

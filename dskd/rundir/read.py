@@ -1,5 +1,6 @@
 """A run as data: settings, steps, scores and states, from its directory alone, while it runs or after."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import cattrs
 
 from dskd.config.errors import UserError
-from dskd.config.load import load_run
+from dskd.config.load import load_run, override
 from dskd.config.run import RunConfig
 from dskd.rundir.files import read_json, read_json_lines
 from dskd.rundir.layout import RESULTS, RunDirectory, StateName
@@ -29,6 +30,17 @@ def read_run(path: Path) -> RunConfig:
         expected = Path(*run.directory.parts[-3:])
         raise UserError(f"{path}: a run directory that was moved must still end in {expected}")
     return replace(run, output=replace(run.output, root=path.parents[2], name=path.name))
+
+
+def read_changed(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """The same with some settings changed. Raises `UserError` where it would be a run in another directory."""
+    before = read_run(path)
+    run = override(before, overrides)
+    if run.directory != before.directory:
+        raise UserError(
+            f"{path}: {' '.join(overrides)} makes it another run, in {run.directory}; `dskd train` begins one"
+        )
+    return run
 
 
 def require_run(path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dskd.launch.status import runs_under, statuses
+from dskd.config.errors import UserError
+from dskd.launch.status import known_among, runs_under, statuses
 from dskd.launch.verbs import format_status
 from dskd.rundir import lock
 from dskd.rundir.layout import RunDirectory
@@ -86,3 +87,12 @@ def test_all_runs_under_a_folder_are_found(directory):
     directory.job.path.mkdir()
     directory.job.settings.touch()
     assert runs_under(directory.path.parents[2]) == [directory.path, job.parent]
+
+
+def test_what_is_no_run_is_skipped_where_a_pattern_finds_it(directory, tmp_path):
+    cache = tmp_path / "outputs" / "cache" / "teacher-1" / "cache.json"
+    cache.parent.mkdir(parents=True)
+    cache.write_text("{}")
+    assert known_among([cache, directory.path]) == ([directory.path], [cache])
+    with pytest.raises(UserError, match=r"cache\.json: no run\.yaml"):
+        known_among([cache])
