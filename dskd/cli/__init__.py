@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dskd import __version__
-from dskd.cli import cluster, here, results
+from dskd.cli import cluster, here, results, students
 from dskd.cli.data import data
 from dskd.config.errors import UserError
 from dskd.start import leave
@@ -32,6 +32,8 @@ VERBS = (
     cluster.logs,
     cluster.cancel,
     cluster.pipeline,
+    students.student,
+    students.convert,
     here.align,
     here.settings,
     here.recipes,

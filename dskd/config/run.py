@@ -219,7 +219,11 @@ def check_model_folder(key: str, folder: Path) -> None:
     require(config, key, f"no config.json in {folder}{best}")
     with looked_at(key):
         weights = any(folder.glob("*.safetensors"))
-    require(weights, key, f"no weights in {folder}: a .safetensors file is expected (pickled .bin files are not read)")
+    require(
+        weights,
+        key,
+        f"no weights in {folder}: a .safetensors file is expected (pickled .bin files are not read; see dskd convert)",
+    )
     for name in ("config.json", "tokenizer_config.json"):
         check_object(key, folder / name)
 

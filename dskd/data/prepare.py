@@ -13,7 +13,7 @@ from typing import Any
 from dskd.config.errors import UserError
 from dskd.data.public import PUBLIC_SETS, Found, PublicSet, fill_template
 from dskd.data.records import Record, read_records, record_of
-from dskd.rundir.files import as_user_error, entry, published, write_json
+from dskd.rundir.files import as_user_error, entry, published, refuse_filled, write_json
 
 CARD = "card.json"
 SPLITS = ("train", "dev", "valid")
@@ -40,8 +40,7 @@ def prepare(name: str, source: Path, references: Path | None, wanted: Preparing,
 
     Raises `UserError` for a source that is something else, and for a folder that holds something.
     """
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise UserError(f"{folder}: is there already, and nothing is written over; name a new folder")
+    refuse_filled(folder)
     chosen, processed = PUBLIC_SETS[name], processed_files(source)
     about: dict[str, Any] = {"set": chosen.origin, "licence": chosen.licence}
     with as_user_error(folder, "OUT"), published(folder) as temporary:

@@ -26,7 +26,8 @@ from dskd.rundir.layout import PROJECTORS
 
 hf_logging.disable_progress_bar()
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[str, Any] = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": "auto"}
+"""By precision; "auto" is as it was saved."""
 MOST_TOKENS = 2**24
 LARGEST = {"num_hidden_layers": 1024, "num_attention_heads": 2**16, "hidden_size": 2**20, "vocab_size": MOST_TOKENS}
 """Numbers of a configuration above which no model exists: building one would take minutes before it fails."""
@@ -190,7 +191,9 @@ def merge_adapter(model: Any, adapter: Path, key: str) -> Any:
 def with_adapter(model: Any, adapter: Path, key: str, **options: bool) -> Iterator[Any]:
     """`model` with a LoRA adapter, all of whose weights are there. Raises `UserError` for one that does not fit."""
     if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"{key}: no adapter_model.safetensors in {adapter} (pickled .bin files are not read)")
+        raise UserError(
+            f"{key}: no adapter_model.safetensors in {adapter} (pickled .bin files are not read; see dskd convert)"
+        )
     with loading(f"{key}: the adapter in {adapter} does not fit the model"):
         adapted = PeftModel.from_pretrained(model, str(adapter), local_files_only=True, **options)
         with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:

@@ -189,6 +189,12 @@ def private_folder(folder: Path) -> None:
     folder.chmod(0o700)
 
 
+def refuse_filled(folder: Path) -> None:
+    """Raise `UserError` where a folder that is to be made is there and holds something."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is there already, and nothing is written over; name a new folder")
+
+
 @contextmanager
 def published(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill; afterwards it gets a MANIFEST.json, is synced, and takes the name `folder`.
