@@ -28,10 +28,11 @@ from dskd.engine.zero import (
     gathered,
     partitioned_loading,
 )
-from dskd.losses import METHODS
+from dskd.losses import METHODS, kernels
 from dskd.losses.method import Method
 from dskd.losses.sft import Sft
 from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
+from dskd.models import compilation
 from dskd.models.load import load_projectors, load_student, load_tokenizers
 from dskd.models.views import (
     ModelBody,
@@ -134,7 +135,7 @@ def assemble(run: RunConfig, ranks: Ranks) -> Training:
     align = aligner(run.method.alignment, other_tokenizer, tokenizer) if other_tokenizer is not None else None
     train_data = Collator(train_records, tokenizer, other_tokenizer, limits, align, stored)
     dev_data = Collator(dev_records, tokenizer, None, limits)
-    notes = []
+    notes: list[str] = []
     if run.train.micro_batch_tokens is not None:
         problem = why_padded([view, *views_of(teacher)], run.data.max_length, ranks)
         notes = [] if problem is None else [f"train.micro_batch_tokens: micro-batches have padding, since {problem}"]
@@ -142,6 +143,7 @@ def assemble(run: RunConfig, ranks: Ranks) -> Training:
         budget = Budget(run.train.micro_batch_tokens, train_data.lengths, train_data.packed)
         plan = replace(plan, budget=budget)
     length = length_of(run, plan)
+    notes += compile_models(run, view, teacher, ranks)  # last: other forms than those of a step compile nothing
     return Training(run, ranks, engine, view.ends, teacher, plan, length, train_data, dev_data, tuple(notes))
 
 
@@ -155,6 +157,31 @@ def why_padded(views: Sequence[ModelView], longest: int, ranks: Ranks) -> str | 
     tried = ((view, try_packing(view, longest)) for view in views)
     own = [f"{view.key}, a {type(view.causal).__name__}, needs it: {problem}" for view, problem in tried if problem]
     return next((problem for problems in ranks.gather(own) for problem in problems), None)
+
+
+def compile_models(run: RunConfig, student: ModelView, teacher: Teacher | None, ranks: Ranks) -> list[str]:
+    """Compile the layers of both models where that works; tells what is not as fast as it could be. Collective."""
+    if ranks.device.type not in compilation.DEVICES:
+        return []
+    notes: list[str] = []
+    slow = next(filter(None, ranks.gather(kernels.problem(ranks.device))), None)
+    if slow is not None:
+        notes.append(f"the loss takes its slow path on this GPU: {slow}")
+    if run.engine.compile == "off":
+        return notes
+    why = next(filter(None, ranks.gather(compilation.problem(ranks.device))), None)
+    if why is not None:
+        return [*notes, f"engine.compile: nothing is compiled: {why}"]
+    if run.engine.zero_stage == 3:
+        notes.append("engine.compile: the student is not compiled under ZeRO-3, which shards its layers")
+    else:
+        compilation.compile_layers(student)
+    quantized = run.teacher is not None and run.teacher.quantize != "none"
+    if isinstance(teacher, ResidentTeacher) and not quantized:
+        compilation.compile_layers(teacher.view)
+    elif isinstance(teacher, ResidentTeacher | ShardedTeacher):
+        notes.append("engine.compile: the teacher is not compiled: it is sharded or quantized")
+    return notes
 
 
 def length_of(run: RunConfig, plan: Plan) -> RunLength:

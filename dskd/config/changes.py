@@ -30,6 +30,7 @@ HARMLESS = (
     "engine.offload",
     "engine.persistence_threshold",
     "engine.gradient_checkpointing",
+    "engine.compile",
     "engine.loss_memory_mb",
 )
 """Beginnings of the keys that may change between two starts of a run."""

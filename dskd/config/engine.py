@@ -18,6 +18,8 @@ class EngineConfig:
     """Under ZeRO-3, weights of at most so many values stay whole on every rank."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in the backward pass instead of keeping them."""
+    compile: Literal["auto", "off"] = "auto"
+    """Compile the decoder layers of student and teacher: on a GPU, where that works. The first step takes longer."""
     loss_memory_mb: int = 384
     """Memory for vocabulary-sized temporaries of the loss on each rank; it decides how many tokens run at a time."""
 

@@ -21,6 +21,7 @@ from dskd.config.errors import UserError
 from dskd.config.training import GenerationConfig
 from dskd.data.tokenization import Limits, Tokenizer, tokenize_prompt
 from dskd.engine.distributed import Ranks
+from dskd.models.compilation import as_written
 
 FIRST_TOKENS = 64
 """Tokens of an answer that a batch has room for from its start; most answers end before, and their rows leave."""
@@ -76,6 +77,7 @@ class Row:
 
 
 @torch.no_grad()
+@as_written()
 def generate(
     model: Any, prompts: Sequence[Prompt], settings: GenerationConfig, seed: int, eos: int, ranks: Ranks
 ) -> list[list[int]]:

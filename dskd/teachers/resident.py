@@ -17,20 +17,42 @@ from dskd.models.views import ModelView, check_view, check_vocabulary
 
 
 class ResidentTeacher:
-    """Runs a micro-batch when it is asked for (implements `Teacher`)."""
+    """Runs a micro-batch when it is asked for, and on a GPU the next one beside the student (implements `Teacher`)."""
 
     def __init__(self, view: ModelView) -> None:
-        self.view = view
+        self.view, self.device = view, view.ends.embeddings.weight.device
+        self.stream = torch.get_device_module(self.device).Stream()
+        self.runs_ahead = self.device.type != "cpu"
 
     @property
     def ends(self) -> Model:
         return self.view.ends
 
     def states(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        for batch in batches:
-            with torch.no_grad():  # not around the yield: it would hold for whoever asks, too
-                states = self.view.body.states(batch.teacher)
-            yield states
+        yield from (self.one_ahead(batches) if self.runs_ahead else map(self.run, batches))
+
+    @torch.no_grad()
+    def run(self, batch: Batch) -> Tensor:
+        return self.view.body.states(batch.teacher)
+
+    def one_ahead(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """On a stream of its own: while the student works on a micro-batch, the states of the next one are made.
+
+        The stream waits for all that the student was given before. So it is never more than one micro-batch ahead, and
+        the memory of states that were given back is used again only when the student has read them.
+        """
+        streams = torch.get_device_module(self.device)
+        student = streams.current_stream()
+        running: Tensor | None = None
+        for batch in [*batches, None]:
+            given = running
+            student.wait_stream(self.stream)
+            self.stream.wait_stream(student)
+            if batch is not None:
+                with streams.stream(self.stream):
+                    running = self.run(batch)
+            if given is not None:
+                yield given
 
 
 def load_resident(settings: TeacherConfig, tokenizer: Any, precision: str, device: torch.device) -> ResidentTeacher:

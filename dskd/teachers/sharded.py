@@ -19,6 +19,7 @@ from dskd.config.models import TeacherConfig
 from dskd.data.batch import Batch, Side, joined, longest_of
 from dskd.engine.distributed import Ranks
 from dskd.losses.tensors import Head, Model
+from dskd.models.compilation import decoder_layers
 from dskd.models.load import loading
 from dskd.models.views import ModelEnds, ModelView, check_view, check_vocabulary
 from dskd.models.weights import LowRank, adapter_updates, empty_causal_lm, find_pieces, weight_names
@@ -168,13 +169,12 @@ def shard(view: ModelView, mesh: DeviceMesh, policy: OffloadPolicy) -> None:
     What is not in the body stays whole: the head, and embeddings that are tied to it.
     """
     body, embeddings, head = view.body.module, view.ends.embeddings, view.ends.output
-    layers = set(view.causal._no_split_modules or ())
-    kinds = [type(module).__name__ in layers for module in body.modules()]
-    if not any(kinds):
+    layers = set(decoder_layers(view))
+    if not layers:
         name = type(view.causal).__name__
         raise UserError(f"teacher.backend: sharded does not support {name}, which does not say what its layers are")
-    for module, is_layer in reversed(list(zip(body.modules(), kinds, strict=True))):  # what is inside comes first
-        if is_layer or module is body or module is embeddings:
+    for module in reversed(list(body.modules())):  # what is inside comes first
+        if module in layers or module is body or module is embeddings:
             fully_shard(
                 module,
                 mesh=mesh,

@@ -15,10 +15,11 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from dskd.config.errors import one_line
 from dskd.losses.distances import Distance
 from dskd.losses.tensors import Head
 
-FUSED = ("cuda",)  # types of devices; wherever Triton is missing, all is plain
+FUSED = ("cuda",)  # types of devices; wherever Triton does not work, all is plain
 
 
 class Block(NamedTuple):
@@ -84,15 +85,22 @@ class Kernels(Protocol):
 
 def kernels_for(weight: Tensor, *distances: Distance | None) -> Kernels:
     """Who computes losses of logits through this head, [V, D], with these distances."""
-    fused = load("fused") if weight.device.type in FUSED and has_triton() else None
+    fused = load("fused") if weight.device.type in FUSED and problem(weight.device) is None else None
     if fused is not None and all(fused.computes(each, weight.dtype) for each in distances):  # type: ignore[attr-defined]
         return fused
     return load("plain")
 
 
 @cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
+def problem(device: torch.device) -> str | None:
+    """What keeps Triton's kernels from being built and run on this device, in one line; None: nothing."""
+    if find_spec("triton") is None:
+        return "the package triton is missing"
+    try:
+        load("fused").check(device)  # type: ignore[attr-defined]
+    except Exception as error:  # its compilers raise what they like, first of all where there is no C compiler
+        return one_line(" ".join(str(error).split()) or type(error).__name__, 200)
+    return None
 
 
 @cache

@@ -41,6 +41,13 @@ def computes(distance: Distance | None, dtype: torch.dtype) -> bool:
     return distance is None or isinstance(distance, Tempered | Carried | ToLabel)
 
 
+def check(device: torch.device) -> None:
+    """Run a kernel; raises whatever Triton does where it cannot build one for this device."""
+    weight = torch.zeros(STRIDE, 1, device=device)
+    block = Block(buffer(1, weight).zero_(), Head(weight), trained=False)
+    measure(block, None, Terms(torch.zeros(1, dtype=torch.int64, device=device)))
+
+
 def chunk_tokens() -> int:
     return CHUNK_TOKENS
 

@@ -211,3 +211,20 @@ def test_how_often_logits_are_read_and_written(kind, monkeypatch):
     # A label's logit is one more of 64 in a row.
     passes = [tuple(round(x / b.numel()) for x in found) for b, found in zip(buffers, counts, strict=True)]
     assert [each for each in passes if each != (0, 0)] == PASSES[kind]
+
+
+def test_where_the_kernels_cannot_be_built_the_plain_code_runs_and_says_why(monkeypatch):
+    def fail(device):
+        raise RuntimeError("Failed to find\nC compiler.")
+
+    weight = torch.zeros(3, 2)
+    monkeypatch.setattr(fused, "check", fail)
+    kernels.problem.cache_clear()
+    assert kernels.problem(weight.device) == "Failed to find C compiler."
+    assert kernels.kernels_for(weight) is kernels.load("plain")
+    monkeypatch.undo()
+    kernels.problem.cache_clear()
+    assert kernels.problem(weight.device) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "FUSED", ("cpu",))
+        assert kernels.kernels_for(weight) is fused
