@@ -84,3 +84,32 @@ def show_alignment(teacher: Path, student: Path, cache_dir: Path) -> None:
     for count, label in ((found.exact, "exactly"), (found.near, "nearly"), (found.none, "not at all")):
         print(f"{count:8d}  {100 * count / total:5.1f} %  match {label}")
     print(f"{total:8d}  teacher tokens; map kept in {cache_dir}")
+
+
+def show_analysis(
+    place: Path, teacher: Path | None, data: Path | None, records: int, lengths: tuple[int, int] | None, precision: str
+) -> None:
+    """`dskd analyze`."""
+    if precision not in ("bf16", "fp32"):
+        raise UserError(f"--precision: allowed: bf16, fp32; got {precision!r}")
+    place = find_model(place).absolute()
+    check_folder("MODEL", place)
+    from dskd.analyze import analyze, best_device, task_of
+    from dskd.engine.metrics import progress_bar
+    from dskd.rundir.analysis import write_analysis
+    from dskd.rundir.files import as_user_error
+    from dskd.rundir.layout import analysis_of
+
+    task = task_of(place, teacher, data, lengths, records)
+    with progress_bar("records") as progress:
+        found = analyze(task, precision, best_device(), progress)
+    with as_user_error(analysis_of(place), "MODEL"):
+        write_analysis(place, found)
+    both = {"before": found.before, "after": found.after}
+    rows = [(name, compared) for name, compared in both.items() if compared is not None]
+    table = Table("student", *rows[0][1].measures(), box=None, pad_edge=False, header_style="bold")
+    for name, compared in rows:
+        table.add_row(name, *(f"{measure.mean:.4f}" for measure in compared.measures().values()))
+    show(table, 160)
+    which = "aligned tokens" if found.aligned else "tokens"
+    print(f"distances to {found.teacher} over {found.tokens} {which} of {found.records} records: {analysis_of(place)}")

@@ -25,6 +25,7 @@ VERBS = (
     here.resume,
     here.collect,
     here.evaluate,
+    results.analyze,
     results.report,
     cluster.plan,
     cluster.submit,

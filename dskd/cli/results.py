@@ -26,3 +26,25 @@ def report(
 
     for file in write_report(run_directories, out, baseline, compare):
         print(file)
+
+
+def analyze(
+    model: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR|MODEL", help="A run, whose best model is compared, or any model.")
+    ],
+    teacher: Annotated[Path | None, typer.Option(help="The model to compare with; empty: the run's teacher.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Records, jsonl; empty: the run's data.dev.")] = None,
+    records: Annotated[int, typer.Option(min=1, help="The first so many of them.")] = 200,
+    lengths: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Tokens of prompt and response together, and of the prompt; empty: the run's, or 512 256."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+) -> None:
+    """Measure how near a student came to its teacher, in the structure of hidden states and in distributions.
+
+    Of a run also how near it was before. analysis.json in the folder has what is printed, and `dskd report` shows it.
+    """
+    from dskd.show import show_analysis
+
+    show_analysis(model, teacher, data, records, lengths, precision)

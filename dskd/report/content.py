@@ -8,6 +8,7 @@ from dskd.config.changes import HARMLESS
 from dskd.config.errors import one_line
 from dskd.report.curves import curve_figures
 from dskd.report.document import Block, Cell, Document, Example, Section, Table
+from dskd.report.nearness import NEARNESS_TEXT, nearness
 from dskd.report.published import Published
 from dskd.report.runs import SEED, Group, Run, student_of, teacher_of
 from dskd.report.statistics import RESAMPLES, Comparison, Summary, average, paired_bootstrap, summarize
@@ -20,7 +21,7 @@ LONGEST_TEXT = 700
 
 
 def build(groups: Sequence[Group], baselines: Mapping[str, Group], published: Sequence[Published]) -> Document:
-    """Everything of a report, but for the analysis.
+    """Everything of a report.
 
     Args:
         baselines: for the label of a group the one that it is compared with.
@@ -31,6 +32,7 @@ def build(groups: Sequence[Group], baselines: Mapping[str, Group], published: Se
         Section("Scores", SCORES_TEXT, list(score_tables(groups, sets))),
         Section("Against the baseline", BASELINE_TEXT, list(comparison_tables(groups, baselines, sets))),
         Section("Published averages", PUBLISHED_TEXT, list(published_table(groups, sets, published))),
+        Section("Nearness to the teacher", NEARNESS_TEXT, list(nearness(groups))),
         Section("Runs", [], [runs_table(groups), *restarts_table(groups)]),
         Section("Curves", CURVES_TEXT, list(curve_figures(groups))),
         Section("Settings that differ", [], list(differing_settings(groups))),

@@ -14,6 +14,7 @@ from dskd.config.errors import UserError, one_line
 from dskd.config.hub import model_name
 from dskd.config.load import to_plain
 from dskd.config.run import RunConfig
+from dskd.rundir.analysis import Analysis, read_analysis
 from dskd.rundir.evaluations import Answer, Evaluation, evaluations_in, read_answers
 from dskd.rundir.files import read_json
 from dskd.rundir.jobs import Jobs
@@ -50,6 +51,7 @@ class Run:
     """Step after which the run was started again, and why, where that is known."""
     sets: Mapping[str, SetScores]
     versions: Mapping[str, str]
+    analysis: Analysis | None
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -112,6 +114,7 @@ def load(directory: Path) -> Run:
         restarts(place),
         {name: set_scores(found) for name, found in by_name.items()},
         versions(place),
+        read_analysis(directory),
     )
 
 

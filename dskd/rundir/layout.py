@@ -11,6 +11,7 @@ OUTPUT.ROOT/STUDENT/METHOD/NAME/
   resume/step900/rankR.safetensors   the state that the run goes on from, with state.json and MANIFEST.json
   resume/LATEST                      name of the newest state
   job/                               of a submitted run, see `JobFolder`
+  analysis.json                      how near its best model came to the teacher
   eval/DATA/                         answers.jsonl and results.json of an evaluation
   shard.json                         of a shard of a teacher's cache, all but job/: how much of it is made
   .lock/                             who works here now
@@ -253,6 +254,11 @@ def arrays_folder(root: Path) -> Path:
 def evaluations_of(folder: Path) -> Path:
     """Where the evaluations of a run, or of one model, lie."""
     return folder / "eval"
+
+
+def analysis_of(folder: Path) -> Path:
+    """The analysis of a run, or of one model."""
+    return folder / "analysis.json"
 
 
 def evaluation_of(folder: Path, data: Path, seed: int | None = None) -> Path:
