@@ -143,7 +143,7 @@ def run_method(console: Console, method: str, output: Path, root: Path, name: st
 def answer(console: Console, name: str, model: Path, processes: int) -> Outcome:
     """`dskd evaluate` of a model on the test questions, unless that was done before."""
     data = recipes_folder() / "quickstart" / "test.jsonl"
-    evaluation = evaluation_of(model, data)
+    evaluation = evaluation_of(model, data.stem)
     greedy = ("--greedy", "--max-length", 64, "--max-prompt-length", 40, "--precision", "fp32", "--batch-size", 48)
     if not (evaluation / RESULTS).is_file():
         with note(console, f"{name}: answering the test questions"):

@@ -21,6 +21,7 @@ from dskd.config.run import (
     check_paths,
 )
 from dskd.config.stopping import UNFINISHED
+from dskd.config.suites import NamedFile
 from dskd.config.training import GenerationConfig, TrainConfig
 from dskd.data.shard import Shard
 from dskd.engine.preemption import Flags, Phase, Stopped, watch_signals
@@ -120,7 +121,7 @@ def measure_run(run: RunConfig) -> "Measured | None":
 
 def start_evaluation(
     model: Path,
-    data: Path,
+    files: Sequence[NamedFile],
     seeds: Sequence[int],
     settings: GenerationConfig,
     precision: str,
@@ -133,23 +134,33 @@ def start_evaluation(
     from dskd.rundir.read import model_of
 
     model = model_of(find_model(model))
-    folder = output or evaluation_of(model, data)
+    folders = [output or evaluation_of(model, name) for name, _ in files]
     check_checkpoint(model)
-    check_records(data)
-    check_folder("--output", folder)
+    for (_, data), folder in zip(files, folders, strict=True):
+        check_records(data)
+        check_folder("--output", folder)
     check_length("--max-length", settings.max_length, model)
     if "RANK" not in os.environ:
         start_ranks(processes or gpus(), "--processes")
-    from dskd.engine import distributed
-    from dskd.evaluation.evaluate import evaluate
 
-    ranks = distributed.start()
-    results = evaluate(model, data, seeds, settings, precision, folder, ranks, bos)
-    if ranks.is_main:
-        for name, label in (("rougel", "ROUGE-L"), ("exact_match", "exact match")):
-            print(f"{label} {results[name]['mean']:.2f} +- {results[name]['deviation']:.2f}")
-        print(f"{results['records']} records, seeds {', '.join(map(str, results['seeds']))}: {folder}")
-    distributed.stop()
+    def work(flags: Flags) -> None:
+        from dskd.engine import distributed
+        from dskd.evaluation.evaluate import Asked, Evaluation
+        from dskd.evaluation.scores import average, told
+
+        ranks = distributed.start(flags)
+        evaluation = Evaluation(Asked(model, tuple(seeds), settings, precision, bos), ranks)
+        found = []
+        for (_, data), folder in zip(files, folders, strict=True):
+            found.append(evaluation.evaluate(data, folder))
+            if ranks.is_main:
+                print(told(found[-1]))
+                print(f"{found[-1]['records']} records, seeds {', '.join(map(str, found[-1]['seeds']))}: {folder}")
+        if ranks.is_main and len(found) > 1:
+            print(f"average of {len(found)} sets\n{told(average(found))}")
+        distributed.stop()
+
+    as_rank(TrainConfig(), work, lambda: "go on with the same command")
 
 
 def as_rank(times: TrainConfig, work: Callable[[Flags], None], how: Callable[[], str]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dskd import __version__
-from dskd.cli import cluster, here, results, students
+from dskd.cli import answers, cluster, here, results, students
 from dskd.cli.data import data
 from dskd.config.errors import UserError
 from dskd.start import leave
@@ -24,7 +24,7 @@ VERBS = (
     here.train,
     here.resume,
     here.collect,
-    here.evaluate,
+    answers.evaluate,
     results.analyze,
     results.report,
     cluster.plan,

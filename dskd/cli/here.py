@@ -7,10 +7,6 @@ from typing import Annotated
 import typer
 
 from dskd.cli.options import Force, Overrides
-from dskd.config.errors import UserError, as_options
-from dskd.config.training import GenerationConfig
-
-GENERATION = GenerationConfig()
 
 
 def train(
@@ -61,42 +57,6 @@ def collect(
 
     check_folder("--to", to)
     show_collected(run_directories, to)
-
-
-def evaluate(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL", help="A folder that `dskd train` wrote, or any other model; of a run its best one."
-        ),
-    ],
-    data: Annotated[Path, typer.Option(help="Records to answer, jsonl.")],
-    seeds: Annotated[str, typer.Option(help="Sampling seeds, such as --seeds 10 20 30.")] = "10 20 30 40 50",
-    greedy: Annotated[bool, typer.Option("--greedy", help="Most probable token instead of sampling.")] = False,
-    temperature: Annotated[float, typer.Option(help="Divides the logits before sampling.")] = GENERATION.temperature,
-    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")] = (
-        GENERATION.top_p
-    ),
-    max_length: Annotated[int, typer.Option(help="Tokens of prompt and answer together.")] = GENERATION.max_length,
-    max_prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = GENERATION.max_prompt_length,
-    batch_size: Annotated[int, typer.Option(help="Prompts at a time on each process.")] = GENERATION.batch_size,
-    bos: Annotated[bool, typer.Option("--bos", help="Put BOS before the prompt.")] = False,
-    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    processes: Annotated[int | None, typer.Option(min=1, help="Processes; empty: one for each GPU.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for answers.jsonl and results.json; default CHECKPOINT/eval/DATA.")
-    ] = None,
-) -> None:
-    """Generate answers with a saved model and score ROUGE-L and exact match."""
-    from dskd.config.load import parse_seeds
-    from dskd.start import start_evaluation
-
-    numbers = parse_seeds(seeds)
-    if precision not in ("bf16", "fp32"):
-        raise UserError(f"--precision: allowed: bf16, fp32; got {precision!r}")
-    with as_options():
-        settings = GenerationConfig(greedy, temperature, top_p, max_length, max_prompt_length, batch_size)
-    start_evaluation(checkpoint, data, numbers, settings, precision, bos, processes, output)
 
 
 def align(

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from dskd.config.errors import LAST_SEED, UserError, require, require_at_most
 from dskd.config.launch import MOST_HOURS
 from dskd.config.names import unknown
+from dskd.config.suites import NamedFile, named_files, suite_files
 from dskd.config.training import GenerationConfig
 
 TRAINING = ("settings", "teacher", "student")
-EVALUATION = ("data", "seeds", "generation", "bos", "precision", "processes", "hours")
+EVALUATION = ("data", "suite", "data_root", "seeds", "generation", "bos", "precision", "processes", "hours")
 UNUSED = {
     "run": (*EVALUATION, "parallel", "shards"),
     "cache": EVALUATION,
@@ -37,6 +39,10 @@ class StageConfig:
     """Stage whose best model is evaluated, instead of run."""
     data: tuple[str, ...] = ()
     """Files of records to evaluate on."""
+    suite: str | None = None
+    """A suite to evaluate on, such as paper: the files that it names in data_root."""
+    data_root: Path | None = None
+    """Folder of the files of a suite."""
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
     """Sampling seeds; each file with each seed is one job."""
     generation: GenerationConfig = GenerationConfig()
@@ -59,7 +65,13 @@ class StageConfig:
     def __post_init__(self) -> None:
         kinds = [kind for kind in UNUSED if getattr(self, kind) is not None]
         require(len(kinds) == 1, "run", "either run, cache or evaluate is expected")
-        require(self.evaluate is None or bool(self.data), "data", "is missing; an evaluation needs files of records")
+        evaluates = bool(self.data) or self.suite is not None
+        require(
+            self.evaluate is None or evaluates, "data", "is missing; an evaluation needs files of records, or a suite"
+        )
+        both = (self.suite is None) == (self.data_root is None)
+        require(both, "data_root", "suite and data_root are expected together")
+        self.files()
         require(
             not self.options,
             "options",
@@ -77,6 +89,13 @@ class StageConfig:
         different = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
         valid = different and all(0 <= seed <= LAST_SEED for seed in self.seeds)
         require(valid, "seeds", f"different whole numbers from 0 to {LAST_SEED} are expected")
+
+    def files(self) -> list[NamedFile]:
+        """What an evaluation evaluates on. Raises `UserError` for an unknown suite."""
+        listed = named_files(Path(file) for file in self.data)
+        return (
+            listed if self.suite is None or self.data_root is None else listed + suite_files(self.suite, self.data_root)
+        )
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 import statistics
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
 
-SCORES = ("rougel", "exact_match")
+SCORES = {"rougel": "ROUGE-L", "exact_match": "exact match"}
+Summary = dict[str, dict[str, Any]]
+"""Of each score its mean and deviation over the seeds, and its value for each."""
 
 
 def score(answer: str, references: Sequence[str], scorer: RougeScorer) -> tuple[float, float]:
@@ -22,7 +24,7 @@ def normalize(text: str) -> str:
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
-def summary(by_seed: Sequence[tuple[float, float]]) -> dict[str, dict[str, Any]]:
+def summary(by_seed: Sequence[Sequence[float]]) -> Summary:
     """Mean and sample deviation over the seeds of each score."""
     columns = zip(*by_seed, strict=True)
     return {
@@ -33,3 +35,18 @@ def summary(by_seed: Sequence[tuple[float, float]]) -> dict[str, dict[str, Any]]
         }
         for name, values in zip(SCORES, columns, strict=True)
     }
+
+
+def average(results: Sequence[Mapping[str, Any]]) -> Summary:
+    """The mean of several sets of records for each seed, and its deviation over them."""
+    columns = [
+        [statistics.fmean(values) for values in zip(*(r[name]["by_seed"] for r in results), strict=True)]
+        for name in SCORES
+    ]
+    return summary(list(zip(*columns, strict=True)))
+
+
+def told(results: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"{label} {results[name]['mean']:.2f} +- {results[name]['deviation']:.2f}" for name, label in SCORES.items()
+    )

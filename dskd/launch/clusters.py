@@ -9,14 +9,14 @@ from dskd.config.load import load
 from dskd.config.names import unknown
 
 
-def find_cluster(name: str) -> tuple[str, ClusterConfig]:
+def find_cluster(name: str, option: str = "--cluster") -> tuple[str, ClusterConfig]:
     """The name and the profile that `name`, or the path of a YAML file, stands for; `UserError` lists those known."""
     if name.endswith((".yaml", ".yml")):
         return Path(name).stem, load(Path(name), ClusterConfig)
     profiles = known_profiles()
     if name not in profiles:
         folders = " and ".join(str(f) for f in profile_folders())
-        raise UserError(f"--cluster: {unknown('cluster', name, sorted(profiles))} (files in {folders}; or PATH.yaml)")
+        raise UserError(f"{option}: {unknown('cluster', name, sorted(profiles))} (files in {folders}; or PATH.yaml)")
     return name, load(profiles[name], ClusterConfig)
 
 

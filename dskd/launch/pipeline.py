@@ -21,7 +21,7 @@ from dskd.launch.mounts import base_of
 from dskd.launch.request import Request, cache_request, evaluate_request, train_request
 from dskd.launch.submit import submission_text, submit
 from dskd.rundir.jobs import Jobs
-from dskd.rundir.layout import RunDirectory
+from dskd.rundir.layout import RunDirectory, evaluation_of
 from dskd.rundir.read import is_complete
 from dskd.rundir.shard import read_shard, settings_sum
 
@@ -101,9 +101,10 @@ def run_of(name: str, config: StageConfig, run: str, file: Path, found: Mapping[
 
 def evaluations(config: StageConfig, trained: Stage, cluster: ClusterConfig) -> Iterator[Request]:
     """One job for each file with each seed."""
-    for data in config.data:
+    for name, data in config.files():
         for seed in config.seeds:
-            yield evaluate_request(trained.best, trained.base, Path(data).absolute(), seed, config, cluster)
+            output = evaluation_of(trained.best.parent, name, seed)
+            yield evaluate_request(trained.best, trained.base, data.absolute(), seed, output, config, cluster)
 
 
 def refuse_twins(file: Path, stages: Iterable[Stage]) -> None:

@@ -13,7 +13,7 @@ from dskd.config.pipeline import StageConfig
 from dskd.config.run import RunConfig, accumulation_steps, check_paths
 from dskd.launch.container import rank_command
 from dskd.launch.mounts import Mount, evaluation_mounts, run_mounts
-from dskd.rundir.layout import RunDirectory, evaluation_of
+from dskd.rundir.layout import RunDirectory
 
 STATE_BYTES = 7
 """Bytes of one state for each byte of bf16 weights: weights, and fp32 weights and both moments of AdamW."""
@@ -85,20 +85,20 @@ def cache_request(
 
 
 def evaluate_request(
-    model: Path, base: Path | None, data: Path, seed: int, stage: StageConfig, cluster: ClusterConfig
+    model: Path, base: Path | None, data: Path, seed: int, output: Path, stage: StageConfig, cluster: ClusterConfig
 ) -> Request:
-    """The job of one evaluation, of one file and one seed; it goes to eval/DATA/seedN in the model's run directory.
+    """The job of one evaluation, of one file and one seed.
 
     Args:
         base: the model that an adapter belongs to.
+        output: where its answers and results go.
     """
     require(data.is_file(), "data", f"no such file: {data}")
-    directory = evaluation_of(model.parent, data, seed)
-    arguments = ("evaluate", str(model), "--data", str(data), "--seeds", str(seed), "--output", str(directory))
-    mounts = evaluation_mounts(model, [data], directory, base)
+    arguments = ("evaluate", str(model), "--data", str(data), "--seeds", str(seed), "--output", str(output))
+    mounts = evaluation_mounts(model, [data], output, base)
     request = Request(
-        directory=directory,
-        name=f"{data.stem}-seed{seed}",
+        directory=output,
+        name="-".join(output.parts[-2:]),
         command=rank_command(cluster, (*arguments, *evaluation_options(stage)), mounts),
         nodes=1,
         tasks_per_node=stage.processes or 1,

@@ -7,12 +7,16 @@ from pathlib import Path
 
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError
+from dskd.config.hub import find_model
 from dskd.config.load import load, load_run
-from dskd.config.run import RunConfig
+from dskd.config.pipeline import StageConfig
+from dskd.config.run import RunConfig, check_checkpoint
+from dskd.config.suites import NamedFile
 from dskd.launch import slurm
 from dskd.launch.clusters import find_cluster
-from dskd.launch.pipeline import read_pipeline, run_here, submit_pipeline, would_run, would_submit
-from dskd.launch.request import Request, train_request
+from dskd.launch.mounts import base_of
+from dskd.launch.pipeline import Stage, read_pipeline, run_here, submit_pipeline, would_run, would_submit
+from dskd.launch.request import Request, evaluate_request, train_request
 from dskd.launch.status import Status, known_among, require_job, runs_under, statuses
 from dskd.launch.submit import submission_text, submit
 from dskd.plan.advice import judge, verdict_line
@@ -21,7 +25,8 @@ from dskd.plan.measured import Measured, correct
 from dskd.plan.models import read_models
 from dskd.plan.table import show_plan
 from dskd.rundir.jobs import Jobs
-from dskd.rundir.read import is_complete, read_changed
+from dskd.rundir.layout import evaluation_of, evaluations_of
+from dskd.rundir.read import is_complete, model_of, read_changed
 
 
 def submit_runs(
@@ -129,6 +134,30 @@ def refuse_twins(requests: Sequence[Request]) -> None:
         if request.directory in seen:
             raise UserError(f"output.name: two of the runs would write to {request.directory}; give each its own")
         seen.add(request.directory)
+
+
+def submit_evaluations(
+    model: Path,
+    files: Sequence[NamedFile],
+    stage: StageConfig,
+    cluster_name: str,
+    dry_run: bool,
+) -> None:
+    """`dskd evaluate --jobs`: each file with each seed as one job of an array, as a stage of a pipeline has them."""
+    model = model_of(find_model(model)).absolute()
+    check_checkpoint(model)
+    name, cluster = find_cluster(cluster_name, "--jobs")
+    requests = [
+        evaluate_request(model, base_of(model), data.absolute(), seed, evaluation_of(model, set_, seed), stage, cluster)
+        for set_, data in files
+        for seed in stage.seeds
+    ]
+    stages = [Stage("evaluate", (), tuple(requests))]
+    if dry_run:
+        print("\n".join(would_submit(stages, cluster)))
+        return
+    for _, what in submit_pipeline(stages, name, cluster):
+        print(f"{what}: {shown_path(evaluations_of(model))}")
 
 
 def show_status(directories: Sequence[Path] | None) -> None:

@@ -11,7 +11,7 @@ import cattrs
 
 from dskd.config.errors import UserError
 from dskd.rundir.files import append_json, private_folder, read_json, read_json_lines, write_text
-from dskd.rundir.layout import JobFolder, RunDirectory, StateName
+from dskd.rundir.layout import PARTIAL_ANSWERS, JobFolder, RunDirectory, StateName
 from dskd.rundir.read import newest_state
 from dskd.rundir.shard import read_shard
 
@@ -164,16 +164,25 @@ class Jobs:
         return self.folder.cancel.exists()
 
     def state(self) -> str:
-        """Name of the last complete state, or of a shard of a cache how many records are made; empty without one."""
+        """Name of the last complete state, or how many records a shard of a cache or an evaluation has; or empty."""
         name, shard = newest_state(self.directory), read_shard(self.directory)
         if shard is not None:
             return f"record{shard.made}"
+        answers = self.answers()
+        if answers:
+            return f"record{answers}"
         return "" if name is None else str(name)
+
+    def answers(self) -> int:
+        """How many answers an evaluation under way has; the first line tells to what."""
+        return max(0, sum(1 for _ in read_json_lines(self.directory.path / PARTIAL_ANSWERS)) - 1)
 
     def kept(self) -> str:
         """The same in words."""
-        shard = read_shard(self.directory)
-        return f"state at step {self.state_step()}" if shard is None else str(shard)
+        shard, answers = read_shard(self.directory), self.answers()
+        if shard is not None:
+            return str(shard)
+        return f"{answers:,} answers" if answers else f"state at step {self.state_step()}"
 
     def state_step(self) -> int:
         """Step of the last complete state, 0 without one."""

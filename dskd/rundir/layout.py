@@ -12,7 +12,7 @@ OUTPUT.ROOT/STUDENT/METHOD/NAME/
   resume/LATEST                      name of the newest state
   job/                               of a submitted run, see `JobFolder`
   analysis.json                      how near its best model came to the teacher
-  eval/DATA/                         answers.jsonl and results.json of an evaluation
+  eval/DATA/                         answers.jsonl and results.json of an evaluation; answers.partial.jsonl on the way
   shard.json                         of a shard of a teacher's cache, all but job/: how much of it is made
   .lock/                             who works here now
 """
@@ -30,6 +30,8 @@ PROJECTORS = "projectors.safetensors"
 STATE = "state.json"
 RESULTS = "results.json"
 ANSWERS = "answers.jsonl"
+PARTIAL_ANSWERS = "answers.partial.jsonl"
+"""Those that are made so far, while an evaluation is under way."""
 INDEX = "index.json"
 """What `dskd collect` writes beside the models that it gathered."""
 
@@ -261,9 +263,9 @@ def analysis_of(folder: Path) -> Path:
     return folder / "analysis.json"
 
 
-def evaluation_of(folder: Path, data: Path, seed: int | None = None) -> Path:
-    """The folder of one evaluation; submitted ones have one a seed."""
-    evaluation = evaluations_of(folder) / data.stem
+def evaluation_of(folder: Path, name: str, seed: int | None = None) -> Path:
+    """The folder of one evaluation, by the name of its records; submitted ones have one a seed."""
+    evaluation = evaluations_of(folder) / name
     return evaluation if seed is None else evaluation / f"seed{seed}"
 
 

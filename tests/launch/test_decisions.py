@@ -95,6 +95,17 @@ def test_records_of_a_shard_are_progress(jobs):
     assert problem.startswith("time limit; two starts in a row made no progress: 9 of 20 records; ")
 
 
+def test_answers_of_an_evaluation_are_progress(jobs):
+    for made, again in ((5, True), (9, True), (9, True), (9, False)):
+        jobs.add_start("7", "node1")
+        lines = ['{"identity": "x"}', *["{}"] * made, '{"torn": ']
+        (jobs.directory.path / "answers.partial.jsonl").write_text("\n".join(lines))
+        problem = why_not_again(jobs, JOB, "time limit")
+        assert (problem is None) == again
+        jobs.end_start(len(jobs.starts()), "again", "time limit")
+    assert problem.startswith("time limit; two starts in a row made no progress: 9 answers; ")
+
+
 def test_an_evaluation_that_was_made_up_for_is_progress(jobs):
     for name in ("step40-before-evaluation", "step40"):
         (jobs.directory.path / "resume").mkdir(exist_ok=True)

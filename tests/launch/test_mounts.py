@@ -153,12 +153,12 @@ def test_a_submitted_evaluation_of_an_adapter_sees_its_base_model_and_writes_not
 ):
     base, model, data = hub(tmp_path / "base", tiny("llama")), tmp_path / "run" / "best", tmp_path / "valid.jsonl"
     data.touch()
-    request = evaluate_request(model, base, data, 7, StageConfig(evaluate="x", data=("y",)), in_container(runtime))
+    output = tmp_path / "run" / "eval" / "valid" / "seed7"
+    stage = StageConfig(evaluate="x", data=("y",))
+    request = evaluate_request(model, base, data, 7, output, stage, in_container(runtime))
     found = mounted(request.command)
     read = [base, tmp_path / "base" / "blobs", model, data]
-    assert found == {str(p): (str(p), False) for p in read} | {
-        str(tmp_path / "run/eval/valid/seed7"): (str(tmp_path / "run/eval/valid/seed7"), True)
-    }
+    assert found == {str(p): (str(p), False) for p in read} | {str(output): (str(output), True)}
 
 
 def test_what_a_model_links_to_must_be_on_storage_that_the_nodes_share(make_run, tiny, tmp_path):

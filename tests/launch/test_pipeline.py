@@ -15,6 +15,7 @@ from dskd.cli import app
 from dskd.config.cluster import ClusterConfig, ContainerConfig
 from dskd.config.errors import UserError
 from dskd.config.pipeline import StageConfig
+from dskd.config.suites import SUITES
 from dskd.config.training import GenerationConfig
 from dskd.launch.pipeline import read_pipeline
 from dskd.launch.request import evaluation_options
@@ -88,6 +89,24 @@ def test_an_evaluation_on_several_processes_gets_as_many_tasks(folder, write):
     assert [request.tasks_per_node for request in scores.requests] == [2]
     with pytest.raises(UserError, match=r"^processes: 2 is more than the 1 GPUs of a node"):
         read_pipeline(write(stages), ClusterConfig(gpus_per_node=1))
+
+
+def test_a_suite_is_evaluated_set_by_set(folder, write, tmp_path):
+    for file in SUITES["paper"].values():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    evaluation = {"evaluate": "student", "suite": "paper", "data_root": str(tmp_path), "seeds": [1, 2]}
+    student, scores = read_pipeline(write({"student": {"run": "run.yaml"}, "scores": evaluation}), HERE)
+    evaluations = student.run.directory / "eval"
+    expected = [evaluations / name / f"seed{seed}" for name in SUITES["paper"] for seed in (1, 2)]
+    assert [request.directory for request in scores.requests] == expected
+    for changed, problem in (
+        ({"suite": "papers"}, "unknown suite; allowed: paper; nearest: paper"),
+        ({"data_root": None}, "data_root: suite and data_root are expected together"),
+        ({"data_root": str(tmp_path / "none")}, f"data: no such file: {tmp_path}/none/dolly/valid.jsonl"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            read_pipeline(write({"student": {"run": "run.yaml"}, "scores": evaluation | changed}), HERE)
 
 
 # Models of other stages

@@ -59,7 +59,7 @@ def write_evaluation(
     run: Path, name: str, scores: Mapping[int, Sequence[float]], texts: Sequence[str] = (), greedy: bool = False
 ) -> Path:
     """An evaluation of a run's best model: ROUGE-L of each record by sampling seed; `texts` are its answers."""
-    folder = evaluation_of(run / "best", Path(f"{name}.jsonl"))
+    folder = evaluation_of(run / "best", name)
     said = texts or ["an answer"]
     by_seed = [
         [

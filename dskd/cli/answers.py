@@ -1,0 +1,92 @@
+"""Verbs that let a model answer."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dskd.config.errors import UserError, as_options
+from dskd.config.training import GenerationConfig
+
+DEFAULT = GenerationConfig()
+Greedy = Annotated[bool, typer.Option("--greedy", help="Most probable token instead of sampling.")]
+Temperature = Annotated[float, typer.Option(help="Divides the logits before sampling.")]
+TopP = Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens of prompt and answer together.")]
+MaxPromptLength = Annotated[int, typer.Option(help="Tokens of the prompt.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts of full length at a time on each process; of shorter ones more.")]
+Bos = Annotated[bool, typer.Option("--bos", help="Put BOS before the prompt.")]
+Precision = Annotated[str, typer.Option(help="bf16 or fp32.")]
+Processes = Annotated[int | None, typer.Option(min=1, help="Processes; empty: one for each GPU.")]
+
+
+def evaluate(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A folder that `dskd train` wrote, or any other model; of a run its best one."
+        ),
+    ],
+    data: Annotated[Path | None, typer.Option(help="Records to answer, jsonl.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A suite instead, such as paper: its sets in --data-root.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder of the sets of a suite.")] = None,
+    seeds: Annotated[str, typer.Option(help="Sampling seeds, such as --seeds 10 20 30.")] = "10 20 30 40 50",
+    greedy: Greedy = False,
+    temperature: Temperature = DEFAULT.temperature,
+    top_p: TopP = DEFAULT.top_p,
+    max_length: MaxLength = DEFAULT.max_length,
+    max_prompt_length: MaxPromptLength = DEFAULT.max_prompt_length,
+    batch_size: BatchSize = DEFAULT.batch_size,
+    bos: Bos = False,
+    precision: Precision = "bf16",
+    processes: Processes = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for answers.jsonl and results.json; default CHECKPOINT/eval/DATA.")
+    ] = None,
+    jobs: Annotated[
+        str | None, typer.Option(metavar="CLUSTER", help="Submit each set with each seed as a job to this cluster.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --jobs: print what would be submitted, and submit nothing.")
+    ] = False,
+) -> None:
+    """Generate answers with a saved model and score ROUGE-L and exact match.
+
+    What was answered alike before is not answered again, so the same command goes on after an interruption.
+    """
+    from dskd.config.load import parse_seeds
+    from dskd.config.suites import named_files, suite_files
+
+    numbers = parse_seeds(seeds)
+    check_precision(precision)
+    with as_options():
+        settings = GenerationConfig(greedy, temperature, top_p, max_length, max_prompt_length, batch_size)
+        files = named_files([data] if data else [])
+        if suite is not None and data_root is not None:
+            files += suite_files(suite, data_root)
+    if not files or (suite is None) != (data_root is None):
+        raise UserError("--data: is missing; either --data FILE, or --suite paper --data-root FOLDER is expected")
+    if output is not None and (len(files) > 1 or jobs):
+        raise UserError("--output: is for one file of records without --jobs; else results go to MODEL/eval")
+    if jobs is not None:
+        from dskd.config.pipeline import StageConfig
+        from dskd.launch.verbs import submit_evaluations
+
+        stage = StageConfig(
+            evaluate=str(checkpoint),
+            data=tuple(str(file) for _, file in files),
+            seeds=tuple(numbers[:1] if greedy else numbers),
+            generation=settings,
+            bos=bos,
+            precision="fp32" if precision == "fp32" else "bf16",
+            processes=processes,
+        )
+        return submit_evaluations(checkpoint, files, stage, jobs, dry_run)
+    from dskd.start import start_evaluation
+
+    start_evaluation(checkpoint, files, numbers, settings, precision, bos, processes, output)
+
+
+def check_precision(precision: str) -> None:
+    if precision not in ("bf16", "fp32"):
+        raise UserError(f"--precision: allowed: bf16, fp32; got {precision!r}")
