@@ -17,11 +17,12 @@ from dskd.data.alignment import aligner
 from dskd.data.batch import Batch
 from dskd.data.budget import Budget
 from dskd.data.loader import Collator, Plan
-from dskd.data.records import Records, read_records
+from dskd.data.records import Records
 from dskd.data.tokenization import Limits
 from dskd.data.vocabulary_map import exact_ids, load_or_build
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import progress_bar
+from dskd.engine.records import read_run_records
 from dskd.engine.zero import (
     build_engine,
     deepspeed_config,
@@ -97,9 +98,11 @@ def assemble(run: RunConfig, ranks: Ranks) -> Training:
     """Read the data, load the models, build the engine, and check that all of it fits together."""
     accumulation = accumulation_steps(run, ranks.world_size)
     limits = Limits(run.data.max_length, run.data.max_prompt_length, run.data.bos)
-    train_records, dev_records = read_records(run.data.train), read_records(run.data.dev)
-    plan = plan_of(run, train_records)
     tokenizer, teacher_tokenizer = load_tokenizers(run, limits)
+    train_records, dev_records = (
+        read_run_records(run, file, tokenizer, ranks) for file in (run.data.train, run.data.dev)
+    )
+    plan = plan_of(run, train_records)
     torch.manual_seed(run.train.seed)
 
     teacher, other_tokenizer, student_ids, stored = None, None, None, None

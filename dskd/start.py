@@ -79,12 +79,12 @@ def start_caching(run: RunConfig, shard: Shard, output: Path | None) -> None:
 
 def check_before(run: RunConfig) -> None:
     """Raise `UserError` for what can be told without torch."""
-    from dskd.data.records import check_records
+    from dskd.data.sources import check_source
 
     check_paths(run)
     check_folders(run)
-    check_records(run.data.train)
-    check_records(run.data.dev)
+    check_source(run.data.train)
+    check_source(run.data.dev)
 
 
 def longest(times: TrainConfig) -> float:

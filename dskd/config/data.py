@@ -2,14 +2,28 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dskd.config.errors import MOST, require, require_at_most
+
+Form = Literal["lines", "array", "csv", "parquet"]
+
+
+def form_of(file: Path) -> Form:
+    """How a file holds its records: Parquet and CSV by name, a JSON array by how it begins, else lines of JSON."""
+    if file.suffix in (".parquet", ".csv"):
+        return "parquet" if file.suffix == ".parquet" else "csv"
+    if file.suffix != ".json":
+        return "lines"
+    with file.open("rb") as content:
+        return "array" if content.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else "lines"
 
 
 @dataclass(frozen=True)
 class DataConfig:
     train: Path
-    """Training records: one JSON object a line, {"prompt": text, "output": text or list of texts}."""
+    """Training records: one JSON object a line, {"prompt": text, "output": text or list of texts}, or a conversation,
+    {"messages": [{"role": ..., "content": ...}]}; such objects in a JSON array, Parquet or CSV too."""
     dev: Path
     """Records that every evaluation during training uses."""
     max_length: int = 512

@@ -1,6 +1,5 @@
 """A public set -> a folder of jsonl records, with a card that tells what they are. No torch, no numpy."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from dskd.config.errors import UserError
 from dskd.data.public import PUBLIC_SETS, Found, PublicSet, fill_template
-from dskd.data.records import Record, read_records, record_of
+from dskd.data.records import Record, json_line, read_records, record_of
 from dskd.rundir.files import as_user_error, entry, published, refuse_filled, write_json
 
 CARD = "card.json"
@@ -131,9 +130,7 @@ def split_records(records: Sequence[Record], wanted: Preparing) -> dict[str, lis
 
 def write_records(file: Path, records: Iterable[Record]) -> None:
     with file.open("w", encoding="utf-8") as out:
-        for record in records:
-            output = record.outputs[0] if len(record.outputs) == 1 else list(record.outputs)
-            out.write(json.dumps({"prompt": record.prompt, "output": output}, ensure_ascii=False) + "\n")
+        out.writelines(map(json_line, records))
 
 
 def counts(records: Sequence[Record], wanted: Preparing) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.config.errors import UserError, shown
-from dskd.data.records import Record, opened, parse_object, told
+from dskd.data.records import Record, objects, opened, parse_object, told
 
 TASK = "Below is an instruction that describes a task"
 REQUEST = "Write a response that appropriately completes the request."
@@ -124,14 +124,6 @@ PUBLIC_SETS: Mapping[str, PublicSet] = {
         least_words=11,
     ),
 }
-
-
-def objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a jsonl file, each with where it stands."""
-    with told(file), opened(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{file}:{number}", parse_object(line, f"{file}:{number}")
 
 
 def text(value: Mapping[str, Any], field: str, where: str, missing: str | None = None) -> str:

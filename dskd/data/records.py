@@ -129,6 +129,20 @@ def numbered(lines: IO[bytes], file: Path, most: int | None = None) -> Iterator[
         offset += len(line)
 
 
+def json_line(record: Record) -> str:
+    """A record as a line of a file."""
+    output = record.outputs[0] if len(record.outputs) == 1 else list(record.outputs)
+    return json.dumps({"prompt": record.prompt, "output": output}, ensure_ascii=False) + "\n"
+
+
+def objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects on the lines of a file, each with where it stands."""
+    with told(file), opened(file) as lines:
+        for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE + 1), b""), start=1):
+            if line.strip():
+                yield f"{file}:{number}", parse_object(line, f"{file}:{number}")
+
+
 def parse_record(line: bytes, where: str) -> Record:
     """One line of a jsonl file; `where` names it in errors."""
     return record_of(parse_object(line, where), where)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from dskd.config.data import DataConfig
+from dskd.config.data import DataConfig, form_of
 from dskd.config.errors import UserError
 from dskd.config.run import RunConfig, tokens_at_a_time
 from dskd.config.training import TrainConfig
@@ -84,8 +84,13 @@ def is_full(part: Sequence[Lengths], longer: Lengths, train: TrainConfig) -> boo
 
 
 def lengths_of(data: DataConfig) -> tuple[list[Lengths], int]:
-    """The lengths of the first records, cut as training cuts them, and about how many the whole file has."""
+    """The lengths of the first records, cut as training cuts them, and about how many the whole file has.
+
+    None of a file whose records are no lines.
+    """
     try:
+        if form_of(data.train) != "lines":
+            return [], UNKNOWN_RECORDS
         with data.train.open("rb") as lines:
             first = [line for line in islice(lines, LOOKED_AT) if line.strip()]
         size = data.train.stat().st_size
@@ -98,6 +103,9 @@ def lengths_of(data: DataConfig) -> tuple[list[Lengths], int]:
 def length_of(line: bytes, data: DataConfig, number: int) -> Lengths:
     try:
         record = json.loads(line)
+        if "prompt" not in record and "messages" in record:
+            said = [message["content"] for message in record["messages"]]
+            record = {"prompt": "".join(said[:-1]), "output": said[-1]}
         outputs = record["output"]
         texts = record["prompt"], outputs if isinstance(outputs, str) else outputs[0]
         prompt, response = (len(text) // CHARACTERS_PER_TOKEN + 1 for text in texts)

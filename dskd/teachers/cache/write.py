@@ -11,11 +11,12 @@ from dskd.config.errors import UserError
 from dskd.config.models import TeacherConfig
 from dskd.config.run import RunConfig, tokens_at_a_time
 from dskd.data.batch import Batch, collate
-from dskd.data.records import Records, read_records
+from dskd.data.records import Records
 from dskd.data.shard import Shard
 from dskd.data.tokenization import Limits, Sample, Tokenizer, tokenize
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import progress_bar
+from dskd.engine.records import read_run_records
 from dskd.models.load import DTYPES, load_tokenizers
 from dskd.models.views import ModelEnds
 from dskd.rundir.content import sum_of
@@ -105,7 +106,8 @@ def write_cache(run: RunConfig, shard: Shard, ranks: Ranks, output: Path | None 
         )
     check_quantize(teacher, ranks.device)
     limits = Limits(run.data.max_length, run.data.max_prompt_length, run.data.bos)
-    records, (_, tokenizer) = read_records(run.data.train), load_tokenizers(run, limits)
+    student_tokenizer, tokenizer = load_tokenizers(run, limits)
+    records = read_run_records(run, run.data.train, student_tokenizer, ranks)
     about = described(run, teacher, ranks)
     folder = CacheFolder.of(run, about)
     with ExitStack() as stack:
