@@ -6,7 +6,7 @@
 # make test-slurm   tests on a real Slurm cluster on this machine; needs root on Debian or Ubuntu
 # make soak         runs under random kills, failing disk calls and damaged files: KILLS=1000 DISK=200 DAMAGES=300 SEED=1
 # make bench        losses, a step, alignments, saving, a teacher's cache, memory: against plain forms or forecasts; an hour
-# make bench-gpu    loss heads on a GPU against their matrix products; needs one
+# make bench-gpu    loss heads against their matrix products, whole steps and saving on a GPU; needs one
 # make fuzz         everything that is read, with inputs that nobody would write: N=10000 SEED=1
 # make mutants      mistakes made on purpose in a copy, each of which a test must notice; a quarter of an hour
 # All set up what they need in .venv on their first run; make image needs docker alone.

@@ -1,24 +1,31 @@
 """`make bench-gpu`: what runs on a GPU, against what cannot be saved; writes bench-gpu.json with the device's name.
 
-    python -m bench.gpu [--device cpu] [--tiny] [--to FILE] [SECTION...]
+    python -m bench.gpu [--device cpu] [--tiny] [--to FILE] [--disk FOLDER] [SECTION...]
 
-It makes all that it needs at random in real sizes, and needs torch and transformers alone, no network. `--device cpu
---tiny` shows that it works.
+It makes all that it needs at random in real sizes, without network, and takes about 8 minutes; what it has no time for
+it leaves out. `--device cpu --tiny` shows that it works. The file is written after each section, so that nothing that
+was measured is lost. Without DeepSpeed and what else dskd trains with, it measures the heads alone, and says so.
 
 heads   forward and backward of loss heads over bf16 response tokens, in turns with the matrix products alone (the
         floor), with the default `loss_memory_mb` and with one that gives the fastest products; beside them the dense
         form, full logits of all tokens, through torch.compile.
+steps   whole steps (`bench.gpu_steps`).
+saving  how long training stands still while a state and a model are saved, to a file below --disk (`bench.gpu_saving`).
 """
 
 import argparse
 import json
+import os
 import platform
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from support.heads import Weights
@@ -45,6 +52,7 @@ SAMPLE = 512
 TINY = 64  # everything is so many times smaller
 MEMORY_MB = (EngineConfig().loss_memory_mb, 1280)
 REPEATS = 5
+MINUTES = 6  # after which no step begins to be measured; saving comes last
 GIB = 2**30
 
 
@@ -126,21 +134,53 @@ def dense(method: Method, student: Weights, teacher: Weights, own: Tokens, other
         return {"ms": None, "why": "out of memory"}
 
 
-def heads(tiny: bool) -> dict[str, object]:
+def heads(given: argparse.Namespace) -> dict[str, object]:
+    with torch.device(given.device):
+        return dict(all_heads(given.tiny))
+
+
+def all_heads(tiny: bool) -> Iterator[tuple[str, object]]:
     dtype = torch.float32 if torch.get_default_device().type == "cpu" else torch.bfloat16
-    found = {}
     for name, (kind, student, teacher, tokens) in HEADS.items():
         sizes = Sizes(student, teacher, (SAMPLE,) * (tokens // SAMPLE))
         if tiny:
             sizes = Sizes(smaller(student), smaller(teacher), (SAMPLE // TINY,) * 2)
-        found[name] = head(kind, sizes, dtype)
-        print(name, json.dumps(found[name]), flush=True)
+        found = head(kind, sizes, dtype)
+        print(name, json.dumps(found), flush=True)
+        yield name, found
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return found
 
 
-SECTIONS = {"heads": heads}
+def steps(given: argparse.Namespace) -> dict[str, object]:
+    from bench import gpu_steps
+
+    with one_rank(given) as (ranks, root):
+        return gpu_steps.steps(given.tiny, ranks, root, given.until)
+
+
+def saving(given: argparse.Namespace) -> dict[str, object]:
+    from bench import gpu_saving
+
+    with one_rank(given) as (ranks, root):
+        return gpu_saving.saving(given.tiny, ranks, root)
+
+
+@contextmanager
+def one_rank(given: argparse.Namespace) -> Iterator[tuple[Any, Path]]:
+    """This process as the only rank, and an empty folder."""
+    from dskd.engine import distributed
+    from dskd.launch.ranks import free_port, rank_environment
+
+    device = torch.device(given.device, 0) if given.device == "cuda" else torch.device(given.device)
+    if not torch.distributed.is_initialized():
+        os.environ |= rank_environment(0, 1, free_port())
+        distributed.start()
+    with tempfile.TemporaryDirectory(dir=given.disk) as root:
+        yield distributed.Ranks(0, 1, device), Path(root)
+
+
+SECTIONS = {"heads": heads, "steps": steps, "saving": saving}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -148,6 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--to", type=Path, default=Path("bench-gpu.json"))
+    parser.add_argument("--disk", type=Path, help="where states are saved and removed again; 25 GB")
+    parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("section", nargs="*", choices=[*SECTIONS, []])
     given = parser.parse_args(arguments)
     on_gpu = given.device.startswith("cuda")
@@ -155,10 +197,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("no GPU here; --device cpu --tiny shows that this works")
     name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     found: dict[str, object] = {"device": name, "torch": torch.__version__, "tiny": given.tiny}
-    with torch.device(given.device):
-        for section in given.section or SECTIONS:
-            found[section] = SECTIONS[section](given.tiny)
-    given.to.write_text(json.dumps(found, indent=2) + "\n")
+    given.until = time.monotonic() + 60 * given.minutes
+    for section in given.section or SECTIONS:
+        try:
+            found[section] = SECTIONS[section](given)
+        except ImportError as missing:
+            found[section] = {"why": f"left out: {missing}"}
+        print(f"{section} in {given.to}", flush=True)
+        given.to.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
