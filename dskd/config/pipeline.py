@@ -1,4 +1,4 @@
-"""A pipeline: stages that train, evaluate or run a teacher, and that use each other's models by name."""
+"""A pipeline: stages that train, evaluate, run a teacher, make a student or report, by each other's names."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -7,18 +7,53 @@ from typing import Literal
 
 from dskd.config.errors import LAST_SEED, UserError, require, require_at_most
 from dskd.config.launch import MOST_HOURS
+from dskd.config.models import ModelPath
 from dskd.config.names import unknown
 from dskd.config.suites import NamedFile, named_files, suite_files
 from dskd.config.training import GenerationConfig
 
 TRAINING = ("settings", "teacher", "student")
-EVALUATION = ("data", "suite", "data_root", "seeds", "generation", "bos", "precision", "processes", "hours")
+EVALUATION = ("data", "suite", "data_root", "seeds", "together", "generation", "bos", "precision", "processes")
 UNUSED = {
-    "run": (*EVALUATION, "parallel", "shards"),
-    "cache": EVALUATION,
-    "evaluate": (*TRAINING, "shards"),
+    "run": (*EVALUATION, "hours", "parallel", "shards", "runs"),
+    "cache": (*EVALUATION, "hours", "train_seeds", "runs"),
+    "evaluate": (*TRAINING, "shards", "train_seeds", "runs"),
+    "make": (*TRAINING, *EVALUATION, "parallel", "shards", "train_seeds", "runs"),
+    "report": (*TRAINING, *EVALUATION, "parallel", "shards", "train_seeds"),
 }
 """Kinds of stages, and the keys that mean nothing to each."""
+
+
+@dataclass(frozen=True)
+class MakeConfig:
+    """What `dskd student` is given, by the same names."""
+
+    model: ModelPath
+    """A model's folder, or the name org/model of one in the local hub cache."""
+    out: Path
+    """Folder for the student; one that is there is not made again."""
+    layers: int | None = None
+    """Layers that stay, evenly of the model's, the first and the last always; empty: all."""
+    width: int | None = None
+    """Hidden size; empty: the model's."""
+    heads: int | None = None
+    """Query heads, those for keys and values in proportion; empty: the model's."""
+    mlp: int | None = None
+    """Intermediate size of the MLP; empty: the model's."""
+    tokenizer: ModelPath | None = None
+    """Another model, whose vocabulary the student gets; empty: the model's own."""
+    records: Path | None = None
+    """Records: what they use most stays, and layers are refitted to what was left out."""
+    tokens: int = 8192
+    """How many of their tokens are read."""
+    dev: Path | None = None
+    """Records on which losses are told: of the model, of the student, of a random one."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "mlp"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, f"must be above 0, got {value}")
+        require(self.tokens >= 256, "tokens", f"must be at least 256, got {self.tokens}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +65,9 @@ class StageConfig:
     teacher: str | None = None
     """Stage whose best model is the teacher."""
     student: str | None = None
-    """Stage whose best model the student starts from."""
+    """Stage whose best model the student starts from, or that makes it."""
+    train_seeds: tuple[int, ...] = ()
+    """Seeds of several trainings, each a run called STAGE-seedN; empty: one, with the run file's train.seed."""
     cache: str | None = None
     """Run file whose teacher is run once, for teacher.backend=cache, instead of run."""
     shards: int = 1
@@ -45,6 +82,8 @@ class StageConfig:
     """Folder of the files of a suite."""
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
     """Sampling seeds; each file with each seed is one job."""
+    together: bool = False
+    """One job answers a file with all seeds instead: fewer starts, where there are few processors."""
     generation: GenerationConfig = GenerationConfig()
     """How answers are generated."""
     bos: bool = False
@@ -55,8 +94,14 @@ class StageConfig:
     """Processes of one evaluation; empty means one, or without Slurm one for each GPU."""
     options: tuple[str, ...] = ()
     """Of older pipeline files; generation, bos, precision and processes took its place."""
+    make: MakeConfig | None = None
+    """A student to make, instead of run."""
+    report: Path | None = None
+    """Page of a report to write at each call, instead of run; Markdown is written beside it."""
+    runs: tuple[str, ...] = ()
+    """Stages whose trainings a report is about; empty: all that train. It waits for them and for their evaluations."""
     hours: float | None = None
-    """Time limit of an evaluation; empty takes the cluster profile's."""
+    """Time limit of an evaluation, of a student's making or a report; empty takes the cluster profile's."""
     parallel: int | None = None
     """So many evaluations or shards at a time at most; empty: no limit."""
     after: tuple[str, ...] = ()
@@ -64,7 +109,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         kinds = [kind for kind in UNUSED if getattr(self, kind) is not None]
-        require(len(kinds) == 1, "run", "either run, cache or evaluate is expected")
+        require(len(kinds) == 1, "run", f"either {', '.join(list(UNUSED)[:-1])} or {list(UNUSED)[-1]} is expected")
         evaluates = bool(self.data) or self.suite is not None
         require(
             self.evaluate is None or evaluates, "data", "is missing; an evaluation needs files of records, or a suite"
@@ -86,9 +131,10 @@ class StageConfig:
             require(value is None or value > 0, name, f"must be above 0, got {value}")
         require_at_most(self, 1024, "processes", "shards")
         require_at_most(self, MOST_HOURS, "hours")
-        different = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
-        valid = different and all(0 <= seed <= LAST_SEED for seed in self.seeds)
-        require(valid, "seeds", f"different whole numbers from 0 to {LAST_SEED} are expected")
+        for name, seeds in (("seeds", self.seeds), ("train_seeds", self.train_seeds)):
+            valid = len(set(seeds)) == len(seeds) and all(0 <= seed <= LAST_SEED for seed in seeds)
+            empty = name == "seeds" and not seeds
+            require(valid and not empty, name, f"different whole numbers from 0 to {LAST_SEED} are expected")
 
     def files(self) -> list[NamedFile]:
         """What an evaluation evaluates on. Raises `UserError` for an unknown suite."""
@@ -99,7 +145,7 @@ class StageConfig:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Names of the stages that must be finished before this one."""
+        """Names of the stages that its own keys name, which must be finished before it."""
         return tuple(dict.fromkeys(n for n in (self.teacher, self.student, self.evaluate, *self.after) if n))
 
 
@@ -107,25 +153,46 @@ class StageConfig:
 class PipelineConfig:
     stages: dict[str, StageConfig]
     """Stages by name."""
+    settings: tuple[str, ...] = ()
+    """Settings over those of all its run files, such as train.epochs=3; those of a stage go over them."""
     description: str = ""
     """One line for whoever reads it."""
 
     def __post_init__(self) -> None:
         require(bool(self.stages), "stages", "at least one is expected")
         for name, stage in self.stages.items():
-            for need in stage.needs:
+            for need in (*stage.needs, *stage.runs):
                 if need not in self.stages:
                     raise UserError(f"stages.{name}: {need!r}: {unknown('stage', need, self.stages)}")
-            for model in (stage.teacher, stage.student, stage.evaluate):
-                if model and self.stages[model].run is None:
+            for model in filter(None, (stage.teacher, stage.student)):
+                other = self.stages[model]
+                if other.run is None and other.make is None:
+                    raise UserError(f"stages.{name}: {model} trains no model and makes none")
+                if len(other.train_seeds) > 1:
+                    raise UserError(f"stages.{name}: {model} trains several models (train_seeds), and one is expected")
+            for model in filter(None, (stage.evaluate, *stage.runs)):
+                if self.stages[model].run is None:
                     raise UserError(f"stages.{name}: {model} trains no model")
         list(self.ordered())
+
+    def reported(self, stage: StageConfig) -> list[str]:
+        """Names of the stages whose trainings a report is about."""
+        return list(stage.runs) or [name for name, other in self.stages.items() if other.run is not None]
+
+    def needs(self, name: str) -> tuple[str, ...]:
+        """Names of the stages that must be finished before this one."""
+        stage = self.stages[name]
+        if stage.report is None:
+            return stage.needs
+        runs = self.reported(stage)
+        scores = [other for other, each in self.stages.items() if each.evaluate in runs]
+        return tuple(dict.fromkeys([*runs, *scores, *stage.needs]))
 
     def ordered(self) -> Iterator[str]:
         """Names of the stages, each after those that it needs. Raises `UserError` for a circle."""
         done: set[str] = set()
         while len(done) < len(self.stages):
-            ready = [n for n, stage in self.stages.items() if n not in done and done.issuperset(stage.needs)]
+            ready = [n for n in self.stages if n not in done and done.issuperset(self.needs(n))]
             if not ready:
                 raise UserError(f"stages: {', '.join(sorted(set(self.stages) - done))} wait for each other")
             done.update(ready)

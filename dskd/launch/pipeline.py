@@ -1,4 +1,4 @@
-"""A graph of runs and evaluations: submitted with Slurm's dependencies, or run here one after the other."""
+"""A graph of stages: submitted with Slurm's dependencies, or run here one after the other."""
 
 import json
 import shlex
@@ -18,7 +18,14 @@ from dskd.config.run import RunConfig
 from dskd.config.stopping import UNFINISHED
 from dskd.launch import slurm
 from dskd.launch.mounts import base_of
-from dskd.launch.request import Request, cache_request, evaluate_request, train_request
+from dskd.launch.request import (
+    Request,
+    cache_request,
+    evaluate_request,
+    make_request,
+    report_request,
+    train_request,
+)
 from dskd.launch.submit import submission_text, submit
 from dskd.rundir.jobs import Jobs
 from dskd.rundir.layout import RunDirectory, evaluation_of
@@ -34,8 +41,10 @@ class Stage:
     needs: tuple[str, ...]
     requests: tuple[Request, ...]
     parallel: int | None = None
+    models: tuple[Path, ...] = ()
+    """What it leaves: the best model of each training, or the student that it makes; they need not be there yet."""
     run: RunConfig | None = None
-    """Of a stage that trains."""
+    """Of a stage that trains; the first, where there are several."""
 
     @property
     def open(self) -> tuple[Request, ...]:
@@ -44,8 +53,8 @@ class Stage:
 
     @property
     def best(self) -> Path:
-        """The model that a training leaves; it need not be there yet."""
-        return RunDirectory(self.requests[0].directory).best
+        """The one model that it leaves, or the first of them."""
+        return self.models[0]
 
     @property
     def trains_adapter(self) -> bool:
@@ -59,6 +68,8 @@ class Stage:
 
 def is_done(request: Request) -> bool:
     """Whether a job is complete. A shard of a cache is so only as long as its run file is the same."""
+    if request.result is not None:
+        return request.result.is_dir()
     directory = RunDirectory(request.directory)
     shard = read_shard(directory)
     same = shard is None or shard.settings == settings_sum(request.settings or "")
@@ -70,41 +81,60 @@ def read_pipeline(file: Path, cluster: ClusterConfig) -> list[Stage]:
     pipeline = load(file, PipelineConfig)
     found: dict[str, Stage] = {}
     for name in pipeline.ordered():
-        config = pipeline.stages[name]
-        models = [found[need].best for need in (config.teacher, config.student) if need]
-        if config.evaluate is not None:
-            requests = tuple(evaluations(config, found[config.evaluate], cluster))
-            found[name] = Stage(name, config.needs, requests, config.parallel)
-        elif config.cache is not None:
-            run = run_of(name, config, config.cache, file, found)
-            requests = tuple(cache_request(run, i, config.shards, cluster, models) for i in range(config.shards))
-            found[name] = Stage(name, config.needs, requests, config.parallel)
-        else:
-            run = run_of(name, config, config.run or "", file, found)
-            found[name] = Stage(name, config.needs, (train_request(run, cluster, coming=models),), run=run)
+        found[name] = read_stage(file, pipeline, name, found, cluster)
     refuse_twins(file, found.values())
     return list(found.values())
 
 
-def run_of(name: str, config: StageConfig, run: str, file: Path, found: Mapping[str, Stage]) -> RunConfig:
-    """What a stage trains, or whose teacher it runs: a run file, with the models of other stages."""
-    settings = [f"output.name={json.dumps(name, ensure_ascii=False)}"]
+def read_stage(
+    file: Path, pipeline: PipelineConfig, name: str, found: Mapping[str, Stage], cluster: ClusterConfig
+) -> Stage:
+    """One stage; `found` has those that it needs."""
+    config, needs = pipeline.stages[name], pipeline.needs(name)
+    coming = [found[need].best for need in (config.teacher, config.student) if need]
+    settings = [f"output.name={json.dumps(name, ensure_ascii=False)}", *models_given(file, name, config, found)]
+    settings += [*pipeline.settings, *config.settings]
+    if config.make is not None:
+        request = make_request(config.make, name, config.hours, cluster)
+        return Stage(name, needs, (request,), models=(config.make.out,))
+    if config.report is not None:
+        runs = [request.directory for other in pipeline.reported(config) for request in found[other].requests]
+        return Stage(name, needs, (report_request(config.report, runs, name, config.hours, cluster),))
+    if config.evaluate is not None:
+        requests = tuple(evaluations(config, found[config.evaluate], cluster))
+        return Stage(name, needs, requests, config.parallel)
+    if config.cache is not None:
+        run = load_run(file.parent / config.cache, settings)
+        requests = tuple(cache_request(run, i, config.shards, cluster, coming) for i in range(config.shards))
+        return Stage(name, needs, requests, config.parallel)
+    seeded = [
+        [f"output.name={json.dumps(f'{name}-seed{seed}', ensure_ascii=False)}", f"train.seed={seed}"]
+        for seed in config.train_seeds
+    ]
+    runs_of = [load_run(file.parent / (config.run or ""), [*settings, *own]) for own in seeded or [[]]]
+    requests = tuple(train_request(run, cluster, coming) for run in runs_of)
+    models = tuple(RunDirectory(request.directory).best for request in requests)
+    return Stage(name, needs, requests, models=models, run=runs_of[0])
+
+
+def models_given(file: Path, name: str, config: StageConfig, found: Mapping[str, Stage]) -> Iterator[str]:
+    """The settings that name the models of other stages. Raises `UserError` for an adapter."""
     for role, need in (("teacher", config.teacher), ("student", config.student)):
         if need and found[need].trains_adapter:
             raise UserError(
                 f"{file}: stages.{name}.{role}: {need} trains a LoRA adapter, and a whole model is expected"
             )
         if need:
-            settings.append(f"{role}.path={json.dumps(str(found[need].best), ensure_ascii=False)}")
-    return load_run(file.parent / run, [*settings, *config.settings])
+            yield f"{role}.path={json.dumps(str(found[need].best), ensure_ascii=False)}"
 
 
 def evaluations(config: StageConfig, trained: Stage, cluster: ClusterConfig) -> Iterator[Request]:
-    """One job for each file with each seed."""
-    for name, data in config.files():
-        for seed in config.seeds:
-            output = evaluation_of(trained.best.parent, name, seed)
-            yield evaluate_request(trained.best, trained.base, data.absolute(), seed, output, config, cluster)
+    """For each model and file one job with each seed, or one with all seeds."""
+    for model in trained.models:
+        for name, data in config.files():
+            for seeds in [config.seeds] if config.together else [(seed,) for seed in config.seeds]:
+                output = evaluation_of(model.parent, name, None if config.together else seeds[0])
+                yield evaluate_request(model, trained.base, data.absolute(), seeds, output, config, cluster)
 
 
 def refuse_twins(file: Path, stages: Iterable[Stage]) -> None:

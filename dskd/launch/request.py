@@ -1,18 +1,25 @@
-"""What is to be submitted: a run, an evaluation or a shard of a cache as one job, checked as far as possible."""
+"""What is to be submitted as one job, checked as far as possible: a run, an evaluation, a shard of a cache, ..."""
 
 import os
 import shutil
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError, require
 from dskd.config.load import is_plain, to_yaml
-from dskd.config.pipeline import StageConfig
-from dskd.config.run import RunConfig, accumulation_steps, check_paths
+from dskd.config.pipeline import MakeConfig, StageConfig
+from dskd.config.run import (
+    RunConfig,
+    accumulation_steps,
+    check_folder,
+    check_model_folder,
+    check_paths,
+    require_folder,
+)
 from dskd.launch.container import rank_command
-from dskd.launch.mounts import Mount, evaluation_mounts, run_mounts
+from dskd.launch.mounts import Mount, evaluation_mounts, model_mounts, run_mounts
 from dskd.rundir.layout import RunDirectory
 
 STATE_BYTES = 7
@@ -24,7 +31,7 @@ class Request:
     """One job to submit."""
 
     directory: Path
-    """The run directory, or the folder of an evaluation."""
+    """The run directory, or the folder of an evaluation; of a student or a report a folder for job/ alone."""
     name: str
     command: tuple[str, ...]
     """What each rank runs."""
@@ -32,7 +39,9 @@ class Request:
     tasks_per_node: int
     hours: float
     settings: str | None = None
-    """Text of the run file that the ranks are given; None for an evaluation."""
+    """Text of the run file that the ranks are given; None where there is none."""
+    result: Path | None = None
+    """The folder that is there once the job is complete; None where `directory` tells."""
 
 
 def train_request(run: RunConfig, cluster: ClusterConfig, coming: Collection[Path] = ()) -> Request:
@@ -85,16 +94,23 @@ def cache_request(
 
 
 def evaluate_request(
-    model: Path, base: Path | None, data: Path, seed: int, output: Path, stage: StageConfig, cluster: ClusterConfig
+    model: Path,
+    base: Path | None,
+    data: Path,
+    seeds: Sequence[int],
+    output: Path,
+    stage: StageConfig,
+    cluster: ClusterConfig,
 ) -> Request:
-    """The job of one evaluation, of one file and one seed.
+    """The job of one evaluation, of one file.
 
     Args:
         base: the model that an adapter belongs to.
         output: where its answers and results go.
     """
     require(data.is_file(), "data", f"no such file: {data}")
-    arguments = ("evaluate", str(model), "--data", str(data), "--seeds", str(seed), "--output", str(output))
+    numbers = ",".join(map(str, seeds))
+    arguments = ("evaluate", str(model), "--data", str(data), "--seeds", numbers, "--output", str(output))
     mounts = evaluation_mounts(model, [data], output, base)
     request = Request(
         directory=output,
@@ -116,6 +132,55 @@ def evaluation_options(stage: StageConfig) -> list[str]:
         for name, value in settings.items()
         if value is not False and value is not None
     ]
+
+
+def make_request(make: MakeConfig, name: str, hours: float | None, cluster: ClusterConfig) -> Request:
+    """The job that makes a student."""
+    check_model_folder("make.model", make.model)
+    check_folder("make.out", make.out)
+    if make.tokenizer is not None:
+        require_folder("make.tokenizer", make.tokenizer)
+    files = {"make.records": make.records, "make.dev": make.dev}
+    for key, file in files.items():
+        require(file is None or file.is_file(), key, f"no such file: {file}")
+    options = {field.name: getattr(make, field.name) for field in fields(make)}
+    model, out = options.pop("model"), options.pop("out")
+    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    mounts = [
+        *(mount for folder in (make.model, make.tokenizer) if folder for mount in model_mounts(folder)),
+        *(Mount.of(file) for file in files.values() if file),
+        Mount.of(make.out.parent, writable=True),
+    ]
+    return one_process(make.out, name, ("student", str(model), str(out), *given), mounts, hours, cluster, make.out)
+
+
+def report_request(page: Path, runs: Sequence[Path], name: str, hours: float | None, cluster: ClusterConfig) -> Request:
+    """The job that writes a report about runs; it is never complete, so that a page knows all of the newest scores."""
+    mounts = [*map(Mount.of, runs), Mount.of(page.parent, writable=True)]
+    return one_process(page, name, ("report", *map(str, runs), f"--out={page}"), mounts, hours, cluster)
+
+
+def one_process(
+    out: Path,
+    name: str,
+    arguments: Sequence[str],
+    mounts: Sequence[Mount],
+    hours: float | None,
+    cluster: ClusterConfig,
+    result: Path | None = None,
+) -> Request:
+    """A job of one process that writes `out`; what is known of the job lies beside, in OUT.job."""
+    request = Request(
+        directory=out.with_name(f"{out.name}.job"),
+        name=name,
+        command=rank_command(cluster, arguments, mounts),
+        nodes=1,
+        tasks_per_node=1,
+        hours=hours or cluster.hours,
+        result=result,
+    )
+    check(request, cluster, mounts, "")
+    return request
 
 
 def check(request: Request, cluster: ClusterConfig, mounts: Iterable[Mount], section: str) -> None:

@@ -28,16 +28,41 @@ stages:
     assert pipeline.stages["student"].needs == ("teacher", "other")
 
 
+def test_a_report_waits_for_trainings_and_their_scores(tmp_path):
+    pipeline = read(
+        tmp_path,
+        """
+stages:
+  page: {report: report.html}
+  half: {report: half.html, runs: [a]}
+  scores_a: {evaluate: a, data: [a.jsonl]}
+  scores_b: {evaluate: b, data: [a.jsonl]}
+  a: {run: a.yaml}
+  b: {run: b.yaml, after: [a]}
+""",
+    )
+    assert pipeline.needs("page") == ("a", "b", "scores_a", "scores_b")
+    assert pipeline.needs("half") == ("a", "scores_a")
+    assert list(pipeline.ordered())[-1] == "page"
+
+
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [
-        ("{a: {}}", "stages.a.run: either run, cache or evaluate is expected"),
-        ("{a: {run: x, evaluate: a}}", "stages.a.run: either run, cache or evaluate is expected"),
-        ("{a: {run: x, cache: x}}", "stages.a.run: either run, cache or evaluate is expected"),
+        ("{a: {}}", "stages.a.run: either run, cache, evaluate, make or report is expected"),
+        ("{a: {run: x, evaluate: a}}", "stages.a.run: either run, cache, evaluate, make or report is expected"),
+        ("{a: {run: x, cache: x}}", "stages.a.run: either run, cache, evaluate, make or report is expected"),
         ("{a: {cache: x, shards: 0}}", "stages.a.shards: must be above 0, got 0"),
         ("{a: {run: x, shards: 2}}", "stages.a.shards: has no effect beside run"),
         ("{a: {cache: x, data: [y]}}", "stages.a.data: has no effect beside cache"),
-        ("{a: {cache: x}, b: {run: x, teacher: a}}", "stages.b: a trains no model"),
+        ("{a: {cache: x}, b: {run: x, teacher: a}}", "stages.b: a trains no model and makes none"),
+        ("{a: {run: x, train_seeds: [1, 2]}, b: {run: x, teacher: a}}", "stages.b: a trains several models (train_"),
+        ("{a: {run: x, train_seeds: [1, 1]}}", "stages.a.train_seeds: different whole numbers from 0 to "),
+        ("{a: {make: {model: x, out: y}}, b: {evaluate: a, data: [y]}}", "stages.b: a trains no model"),
+        ("{a: {make: {model: x, out: y, layers: 0}}}", "stages.a.make.layers: must be above 0, got 0"),
+        ("{a: {make: {model: x, out: y}, train_seeds: [1]}}", "stages.a.train_seeds: has no effect beside make"),
+        ("{a: {report: x.html, runs: [b]}}", "stages.a: 'b': unknown stage"),
+        ("{a: {run: x}, b: {run: x, runs: [a]}}", "stages.b.runs: has no effect beside run"),
         ("{a: {run: x}, b: {evaluate: a}}", "stages.b.data: is missing; "),
         ("{a: {run: x, data: [y]}}", "stages.a.data: has no effect beside run"),
         ("{a: {run: x, teacher: bb}, b: {run: x}}", "stages.a: 'bb': unknown stage; allowed: a, b; nearest: b"),

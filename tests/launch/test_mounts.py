@@ -155,7 +155,7 @@ def test_a_submitted_evaluation_of_an_adapter_sees_its_base_model_and_writes_not
     data.touch()
     output = tmp_path / "run" / "eval" / "valid" / "seed7"
     stage = StageConfig(evaluate="x", data=("y",))
-    request = evaluate_request(model, base, data, 7, output, stage, in_container(runtime))
+    request = evaluate_request(model, base, data, [7], output, stage, in_container(runtime))
     found = mounted(request.command)
     read = [base, tmp_path / "base" / "blobs", model, data]
     assert found == {str(p): (str(p), False) for p in read} | {str(output): (str(output), True)}

@@ -14,6 +14,7 @@ import typer.main
 from dskd.cli import app
 from dskd.config.cluster import ClusterConfig, ContainerConfig
 from dskd.config.errors import UserError
+from dskd.config.load import parse_yaml
 from dskd.config.pipeline import StageConfig
 from dskd.config.suites import SUITES
 from dskd.config.training import GenerationConfig
@@ -159,6 +160,44 @@ def test_two_jobs_that_would_write_to_one_folder_are_told(folder, write, tmp_pat
     ):
         with pytest.raises(UserError, match=f"pipeline.yaml: stages: two jobs of {both} would write to "):
             read_pipeline(write(stages), HERE)
+
+
+# Students, several seeds, a report
+
+
+def test_a_made_student_is_trained_with_several_seeds_evaluated_at_once_and_reported(folder, write, tiny, tmp_path):
+    made, model = tmp_path / "made", tiny("llama")
+    stages = {
+        "made": {"make": {"model": str(model), "out": str(made), "layers": 2, "tokens": 512}},
+        "distil": {"run": "run.yaml", "student": "made", "train_seeds": [3, 4], "settings": ["train.max_steps=2"]},
+        "scores": {"evaluate": "distil", "data": [f"{folder}/dev.jsonl"], "seeds": [1, 2], "together": True},
+        "page": {"report": str(tmp_path / "report.html")},
+    }
+    student, distil, scores, page = read_pipeline(write(stages), HERE)
+    (make,) = student.requests
+    verb = typer.main.get_command(app).commands["student"]
+    found = verb.make_context("student", list(make.command[make.command.index("student") + 1 :])).params
+    assert (found["model"], found["folder"]) == (model, made)
+    assert (found["layers"], found["tokens"], found["width"]) == (2, 512, None)
+    directories = [request.directory for request in distil.requests]
+    assert directories == [folder / f"outputs/made/sft/distil-seed{seed}" for seed in (3, 4)]
+    assert [parse_yaml(request.settings)["train"]["seed"] for request in distil.requests] == [3, 4]
+    assert distil.run.student.path == made
+    assert [request.directory for request in scores.requests] == [run / "eval" / "dev" for run in directories]
+    assert all("1,2" in request.command for request in scores.requests)
+    assert page.needs == ("distil", "scores")
+    assert page.requests[0].command[3:] == ("report", *map(str, directories), f"--out={tmp_path}/report.html")
+    made.mkdir()
+    assert student.open == ()
+    assert page.open
+
+
+def test_settings_of_a_pipeline_go_over_run_files_and_under_those_of_a_stage(folder, tmp_path):
+    file = folder / "settings.yaml"
+    stages = {"a": {"run": "run.yaml"}, "b": {"run": "run.yaml", "settings": ["train.epochs=9"]}}
+    file.write_text(json.dumps({"settings": ["train.epochs=7", "train.lr=0.5"], "stages": stages}))
+    found = [(stage.run.train.epochs, stage.run.train.lr) for stage in read_pipeline(file, HERE)]
+    assert found == [(7, 0.5), (9, 0.5)]
 
 
 # Dry runs
