@@ -13,6 +13,9 @@ NEARNESS_TEXT = (
     "a dot is the median over records, and a bar holds the middle half of them.",
 )
 
+BEFORE = -1
+"""The style of what no run has trained: grey."""
+
 
 def nearness(groups: Sequence[Group]) -> Iterator[Block]:
     """Nothing where no run was analyzed."""
@@ -30,19 +33,20 @@ def nearness(groups: Sequence[Group]) -> Iterator[Block]:
         for group, _, run, analysis in found
     ]
     yield Table(["before → after", *titles], rows)
-    charts = []
-    for title in titles:
-        ranges: dict[str, Range] = {}
-        for group, style, run, analysis in found:
-            for label, compared in (
-                (f"before: {student_of(run)}", analysis.before),
-                (label_of(group, run), analysis.after),
-            ):
-                spread = measure(compared, title)
-                if spread is not None:
-                    ranges.setdefault(label, Range(label, style, spread.low, spread.middle, spread.high))
-        charts.append(RangeChart(title, list(ranges.values())))
-    yield Figures(charts)
+    yield Figures([RangeChart(title, list(ranges(found, title))) for title in titles])
+
+
+def ranges(found: Sequence[tuple[Group, int, Run, Analysis]], title: str) -> Iterator[Range]:
+    """One measure: each student as it was, once, and as each run left it."""
+    seen: set[str] = set()
+    for group, style, run, analysis in found:
+        earlier, now = measure(analysis.before, title), measure(analysis.after, title)
+        name = f"before: {student_of(run)}"
+        if earlier is not None and name not in seen:
+            seen.add(name)
+            yield Range(name, BEFORE, earlier.low, earlier.middle, earlier.high)
+        if now is not None:
+            yield Range(label_of(group, run), style, now.low, now.middle, now.high)
 
 
 def label_of(group: Group, run: Run) -> str:

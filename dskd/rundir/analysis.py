@@ -9,6 +9,8 @@ from dskd.config.errors import UserError
 from dskd.rundir.files import read_json, write_json
 from dskd.rundir.layout import analysis_of
 
+LARGEST = 1e12
+"""No distance is larger."""
 MEASURES = {
     "cosine": "structure, cosine",
     "inner_product": "structure, inner product",
@@ -26,6 +28,10 @@ class Spread:
     low: float
     middle: float
     high: float
+
+    def __post_init__(self) -> None:
+        if not all(abs(value) <= LARGEST for value in (self.mean, self.low, self.middle, self.high)):
+            raise ValueError("a finite distance is expected")
 
 
 @dataclass(frozen=True)

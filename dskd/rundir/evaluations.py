@@ -1,6 +1,5 @@
 """Finished evaluations as data: scores by seed and answers, from their folders alone."""
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from dskd.config.errors import UserError
 from dskd.rundir.files import read_json, read_json_lines
 from dskd.rundir.layout import ANSWERS, RESULTS, evaluations_of
 
+LARGEST = 1e12
+"""No score is larger, and what is computed of such ones is finite."""
 DEEPEST = 4
 """Folders between an evaluation's and that of all evaluations; what lies deeper is no evaluation."""
 
@@ -78,7 +79,7 @@ def scores_of(value: Any, seeds: int) -> tuple[float, ...] | None:
     by_seed = value.get("by_seed") if isinstance(value, dict) else None
     if not isinstance(by_seed, list) or len(by_seed) != seeds:
         return None
-    numbers = [float(v) for v in by_seed if type(v) in (int, float) and math.isfinite(v)]
+    numbers = [float(v) for v in by_seed if type(v) in (int, float) and abs(v) <= LARGEST]
     return tuple(numbers) if len(numbers) == seeds else None
 
 
@@ -86,4 +87,6 @@ def read_answers(evaluation: Evaluation) -> Iterator[Answer]:
     """The answers of an evaluation, as far as they are there and whole."""
     for line in read_json_lines(evaluation.folder / ANSWERS):
         with suppress(cattrs.BaseValidationError, TypeError, ValueError, KeyError):
-            yield cattrs.structure(line, Answer)
+            answer = cattrs.structure(line, Answer)
+            if abs(answer.rougel) <= LARGEST:
+                yield answer

@@ -23,6 +23,7 @@ from dskd.rundir.layout import RunDirectory, StateName
 from dskd.rundir.read import newest_state, read_evaluations, read_length, read_rougel, read_steps
 from dskd.rundir.train_state import SavedModel, Scores, TrainState, read_state
 from fuzz.mutations import of_bytes, of_json, of_json_lines, of_texts, of_yaml
+from fuzz.reports import report_targets
 from fuzz.run import Harm, Target, check_script
 
 RUN = b"""\
@@ -187,6 +188,7 @@ def light_targets(folder: Path) -> list[Target]:
         Target("holder", [data({"host": "h", "pid": 1, "beat": 2})], of_json, into("run/.lock/holder", lock.read)),
         Target("index", [index()], of_json, into("all/index.json", lambda file: read_index(file.parent))),
         Target("collect", [manifest_text()], of_json, lambda content: collected(folder, content)),
+        *report_targets(folder / "report", folder / "plain.yaml"),
     ]
 
 

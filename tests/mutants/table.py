@@ -378,4 +378,26 @@ MUTANTS = (
         '""',
         "tests/launch/test_mounts.py",
     ),
+    # Reports
+    Mutant(
+        "differences that are not paired by record",
+        "dskd/report/content.py",
+        "[own[key] - other[key] for key in own]",
+        "[own[key] - min(other.values()) for key in own]",
+        "tests/report/test_report.py::test_differences_to_the_baseline_are_paired_by_record",
+    ),
+    Mutant(
+        "texts of runs as HTML",
+        "dskd/report/escape.py",
+        "return escape(",
+        "return str(",
+        "tests/report/test_report.py::test_nothing_of_a_run_is_taken_for_more_than_text",
+    ),
+    Mutant(
+        "cosines over records instead of tokens",
+        "dskd/analyze.py",
+        "normalize(states, dim=-1)",
+        "normalize(states, dim=0)",
+        "tests/test_analyze.py::test_all_measures_are_those_of_numpy_where_the_vocabulary_is_one",
+    ),
 )

@@ -245,9 +245,11 @@ def test_mistakes_are_told_in_one_line(tmp_path, maker, monkeypatch, capsys, arg
 def test_damaged_scores_are_told(tmp_path, maker):
     run = maker("sft")
     folder = write_evaluation(run, "dolly", {1: [1.0]})
-    (folder / "results.json").write_text('{"seeds": [1], "records": 1, "rougel": {"by_seed": ["much"]}}')
-    with pytest.raises(UserError, match=r"results\.json: is damaged: no scores by seed in it"):
-        made(tmp_path, [run])
+    for score in ('"much"', "1e308", "NaN"):
+        text = f'{{"seeds": [1], "records": 1, "rougel": {{"by_seed": [{score}]}}}}'
+        (folder / "results.json").write_text(text)
+        with pytest.raises(UserError, match=r"results\.json: is damaged: no scores by seed in it"):
+            made(tmp_path, [run])
 
 
 def test_a_report_is_written_again(tmp_path, maker):
