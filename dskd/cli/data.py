@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from dskd.cli.options import Overrides
+
 data = typer.Typer(no_args_is_help=True, help="Records: public sets made ready, and what is in those of a run.")
 
 
@@ -30,3 +32,18 @@ def prepare(
     from dskd.show_data import prepare_set
 
     prepare_set(name, source, references, folder, tokenizer or [], (max_prompt_length, dev, test, seed))
+
+
+@data.command()
+def check(
+    run_file: Annotated[
+        Path, typer.Argument(metavar="RUN.yaml", help="A run file; the tokenizers of its models are read.")
+    ],
+    overrides: Overrides = None,
+    records: Annotated[int, typer.Option(min=1, help="Records of each split to tokenize, evenly spread.")] = 2000,
+) -> None:
+    """Look at the records of a run: counts, cuts, lengths, repeated prompts, alignment, examples with their labels."""
+    from dskd.config.load import load_run
+    from dskd.show_data import check_run
+
+    check_run(load_run(run_file, overrides or []), records)

@@ -63,10 +63,14 @@ def tokenize_response(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def count_cut(tokenizer: Tokenizer, records: Iterable[Record], limits: Limits) -> tuple[int, int]:
     """How many records lose the beginning of their prompt, and how many the end of their response, EOS included."""
+    return cut_of((whole_lengths(tokenizer, record) for record in records), limits)
+
+
+def cut_of(lengths: Iterable[tuple[int, int]], limits: Limits) -> tuple[int, int]:
+    """The same of the lengths that `whole_lengths` tells."""
     prompts = responses = 0
-    for record in records:
-        prompt, response = whole_lengths(tokenizer, record)
-        prompt += limits.bos
+    for whole, response in lengths:
+        prompt = whole + limits.bos
         prompts += prompt > limits.max_prompt_length
         responses += min(prompt, limits.max_prompt_length) + response > limits.max_length
     return prompts, responses
