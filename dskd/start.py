@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,6 +29,7 @@ from dskd.engine.preemption import Flags, Phase, Stopped, watch_signals
 from dskd.rundir.layout import RunDirectory, evaluation_of
 
 if TYPE_CHECKING:
+    from dskd.evaluation.asked import Generation
     from dskd.plan.measured import Measured
 
 
@@ -158,6 +160,34 @@ def start_evaluation(
                 print(f"{found[-1]['records']} records, seeds {', '.join(map(str, found[-1]['seeds']))}: {folder}")
         if ranks.is_main and len(found) > 1:
             print(f"average of {len(found)} sets\n{told(average(found))}")
+        distributed.stop()
+
+    as_rank(TrainConfig(), work, lambda: "go on with the same command")
+
+
+def start_generation(asked: "Generation", shard: Shard, processes: int | None) -> None:
+    """`dskd generate`, on as many ranks as asked for, or as the one rank that this process is."""
+    from dskd.data.records import check_records
+    from dskd.rundir.read import model_of
+
+    asked = replace(asked, model=model_of(find_model(asked.model)))
+    check_checkpoint(asked.model)
+    check_records(asked.data)
+    check_folder("--out", asked.out.parent)
+    check_length("--max-length", asked.settings.max_length, asked.model)
+    if asked.engine == "vllm" and processes not in (None, 1):
+        raise UserError("--processes: vLLM starts its own; leave it out")
+    if "RANK" not in os.environ:
+        start_ranks(1 if asked.engine == "vllm" else processes or gpus(), "--processes")
+
+    def work(flags: Flags) -> None:
+        from dskd.engine import distributed
+        from dskd.evaluation.generate import generate_records
+
+        ranks = distributed.start(flags)
+        told = generate_records(asked, shard, ranks)
+        if ranks.is_main:
+            print(told)
         distributed.stop()
 
     as_rank(TrainConfig(), work, lambda: "go on with the same command")

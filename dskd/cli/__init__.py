@@ -25,6 +25,7 @@ VERBS = (
     here.resume,
     here.collect,
     answers.evaluate,
+    answers.generate,
     results.analyze,
     results.report,
     cluster.plan,

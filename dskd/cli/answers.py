@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dskd.config.errors import UserError, as_options
+from dskd.config.errors import LAST_SEED, UserError, as_options
 from dskd.config.training import GenerationConfig
 
 DEFAULT = GenerationConfig()
@@ -85,6 +85,45 @@ def evaluate(
     from dskd.start import start_evaluation
 
     start_evaluation(checkpoint, files, numbers, settings, precision, bos, processes, output)
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model's folder; of a run directory its best one.")],
+    data: Annotated[Path, typer.Option(help="Records whose prompts are answered, jsonl.")],
+    out: Annotated[Path, typer.Option(help="The file of new records, jsonl; its card goes beside it.")],
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Of N tasks that may run at a time, the share of task I, from 0.")
+    ] = "0/1",
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of sampling.")] = 10,
+    greedy: Greedy = False,
+    temperature: Temperature = DEFAULT.temperature,
+    top_p: TopP = DEFAULT.top_p,
+    max_length: MaxLength = DEFAULT.max_length,
+    max_prompt_length: MaxPromptLength = DEFAULT.max_prompt_length,
+    batch_size: BatchSize = DEFAULT.batch_size,
+    bos: Bos = False,
+    whole: Annotated[bool, typer.Option("--whole", help="Leave out answers that --max-length cuts.")] = False,
+    precision: Precision = "bf16",
+    processes: Processes = None,
+    engine: Annotated[str, typer.Option(help="dskd, or vllm where that is installed.")] = "dskd",
+) -> None:
+    """Let a model answer the prompts of records: new records, to train a student on (SeqKD, healing).
+
+    What is made is kept, so the same command goes on after an interruption; the task that finds all shares made
+    writes the file.
+    """
+    check_precision(precision)
+    if engine not in ("dskd", "vllm"):
+        raise UserError(f"--engine: allowed: dskd, vllm; got {engine!r}")
+    with as_options():
+        settings = GenerationConfig(greedy, temperature, top_p, max_length, max_prompt_length, batch_size)
+    from dskd.data.shard import Shard
+    from dskd.evaluation.asked import Generation
+    from dskd.start import start_generation
+
+    share = Shard.parse(shard)
+    asked = Generation(model, data, out, seed, settings, precision, bos, whole, "vllm" if engine == "vllm" else "dskd")
+    start_generation(asked, share, processes)
 
 
 def check_precision(precision: str) -> None:

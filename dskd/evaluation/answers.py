@@ -15,7 +15,7 @@ from dskd.data.shard import Shard
 from dskd.data.tokenization import Limits, Tokenizer
 from dskd.engine.distributed import Ranks
 from dskd.evaluation.scores import score
-from dskd.models.generate import generate, make_prompt, token_batches
+from dskd.models.generate import Prompt, generate, make_prompt, token_batches
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Answer:
 
 
 WHOLE = Shard()
+Make = Callable[[int, str, bool], dict[str, Any]]
+"""What becomes of an answer: index of the record, text, whether it ended by itself and was not cut by the limit."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,19 @@ class Answering:
     ranks: Ranks
     bos: bool = False
 
+    def answer(self, batch: Sequence[Prompt], seed: int) -> list[list[int]]:
+        """Token ids of the answers to a batch, with the EOS that ends them."""
+        return generate(self.model, batch, self.settings, seed, self.tokenizer.eos_token_id, self.ranks)
+
     def rounds(
         self,
         records: Sequence[Record],
         seed: int,
-        make: Callable[[int, str], dict[str, Any]],
+        make: Make,
         done: Container[int] = (),
         shard: Shard = WHOLE,
     ) -> Iterator[tuple[list[dict[str, Any]], float]]:
-        """What `make` makes of index and answer, of all ranks, round by round, with the part of the work that is done.
+        """What `make` makes of the answers of all ranks, round by round, with the part of the work that is done.
 
         A round is a batch for each rank. The batches follow from the records and settings alone, so that it does not
         matter how many ranks or tasks there are, nor which records were answered before: a batch counts as a whole.
@@ -64,16 +70,16 @@ class Answering:
         prompts = [make_prompt(self.tokenizer, i, record.prompt, limits) for i, record in enumerate(records)]
         batches = token_batches(prompts, self.settings)[shard.index :: shard.count]
         missing = [batch for batch in batches if not all(prompt.index in done for prompt in batch)]
-        answered, eos = 0, self.tokenizer.eos_token_id
-        for own, number in rounds(missing, self.ranks):
+        for count, (own, number) in enumerate(rounds(missing, self.ranks), start=1):
             self.ranks.stop_if_asked()
             batch = missing[number]
-            ids = generate(self.model, batch, self.settings, seed, eos, self.ranks)
+            answers = self.answer(batch, seed)
             self.ranks.stop_if_asked()  # what was generated may be cut short
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if own else []
-            made = [make(prompt.index, text) for prompt, text in zip(batch, texts, strict=False)]
-            answered += self.ranks.world_size
-            yield [line for part in self.ranks.gather(made) for line in part], min(1.0, answered / len(missing))
+            texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            ended = [answer[-1:] == [self.tokenizer.eos_token_id] for answer in answers]
+            made = [make(prompt.index, *said) for prompt, *said in zip(batch, texts, ended, strict=True)] if own else []
+            part = min(1.0, count * self.ranks.world_size / len(missing))
+            yield [line for lines in self.ranks.gather(made) for line in lines], part
 
 
 def rounds(batches: Sequence[Any], ranks: Ranks) -> Iterator[tuple[bool, int]]:
@@ -89,7 +95,7 @@ def scored_rounds(
     """The same as scored answers."""
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
 
-    def make(index: int, text: str) -> dict[str, Any]:
+    def make(index: int, text: str, ended: bool) -> dict[str, Any]:
         record = records[index]
         scores = score(text, record.outputs, scorer)
         return asdict(Answer(index, seed, record.prompt, text, record.outputs, *scores))

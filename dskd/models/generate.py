@@ -89,7 +89,8 @@ def generate(
     rows = [Row(prompt, uniform_numbers(seed, prompt)) for prompt in prompts]
     waiting = [rows]
     running: Running | None = None
-    while any_rank(bool(running or waiting), model, ranks):
+    together = ranks.world_size > 1 and is_partitioned(model)
+    while any_rank(bool(running or waiting), ranks) if together else running or waiting:
         ranks.flags.moved()
         if ranks.flags.stop_requested:
             waiting, running = [], None
@@ -111,9 +112,9 @@ def generate(
     return [row.answer for row in rows]
 
 
-def any_rank(works: bool, model: nn.Module, ranks: Ranks) -> bool:
-    """Whether this rank works; under ZeRO-3, where a forward is a collective, whether any does."""
-    return ranks.sum_int(int(works)) > 0 if is_partitioned(model) and ranks.world_size > 1 else works
+def any_rank(works: bool, ranks: Ranks) -> bool:
+    """Whether any rank works. A collective call."""
+    return ranks.sum_int(int(works)) > 0
 
 
 def is_partitioned(model: nn.Module) -> bool:
