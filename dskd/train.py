@@ -167,8 +167,7 @@ def part_scale(training: Training, tokens: int, micro_batches: int, teachers: It
         return {part: weight * undo / max(counts[part], 1) for part, weight in method.weights.items()}
 
     def over_ranks(counts: Mapping[str, int]) -> dict[str, int]:
-        found = ranks.sum(torch.tensor(list(counts.values()), device=ranks.device)).tolist()
-        return dict(zip(counts, found, strict=True))
+        return dict(zip(counts, ranks.sum_ints(list(counts.values())), strict=True))
 
     if not method.counts_itself:
         scales = divided(dict.fromkeys(method.weights, tokens))

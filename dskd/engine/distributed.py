@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
@@ -60,7 +60,15 @@ class Ranks:
             raise Stopped
 
     def sum_int(self, value: int) -> int:
-        return int(self.sum(torch.tensor(value, device=self.device)))
+        return self.sum_ints([value])[0]
+
+    def sum_ints(self, values: Sequence[int]) -> list[int]:
+        """Element-wise sum over the ranks; one alone does not wait for its GPU."""
+        if self.world_size == 1:
+            self.flags.moved()
+            return list(values)
+        found: list[int] = self.sum(torch.tensor(values, dtype=torch.int64, device=self.device)).tolist()
+        return found
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank, as JSON brings it back. A collective call.
