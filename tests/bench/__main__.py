@@ -14,6 +14,7 @@ from rich.table import Table
 
 from bench.measure import in_own_process
 from bench.plan import run_cases
+from bench.scale import PLACES
 from dskd.losses import METHODS
 
 GIB = 2**30
@@ -84,25 +85,35 @@ def tables(results: dict) -> list[Table]:
     share = f"{100 * case['share_at_50_steps']:.2f} %"
     size = f"{case['state_bytes'] / 2**20:.0f}"
     saving.add_row("dskd_cma", f"{case['save_seconds']:.2f}", size, f"{case['step_seconds']:.2f}", share)
-    cache = Table("teacher's cache", "resident s", "making s", "cached s", "speed-up", "waiting for data")
+    cache = Table("teacher's cache", "resident s", "making s", "cached s", "speed-up", "predicted", "waiting for data")
     case = results["teacher_cache"]
     seconds = [f"{case[f'{name}_seconds']:.1f}" for name in ("resident", "making", "cached")]
     ratio, waiting = f"{case['resident_over_cache']:.2f}", f"{100 * case['waiting_share']:.2f} %"
-    cache.add_row(f"dskd_cma, {case['epochs']} epochs", *seconds, ratio, waiting)
+    cache.add_row(f"dskd_cma, {case['epochs']} epochs", *seconds, ratio, f"{case['predicted_ratio']:.2f}", waiting)
+    rounded = Table("in bf16, from a cache", "tokens equal", "mean difference", "largest", "of the loss")
+    names = ("mean_difference", "largest_difference", "loss_difference")
+    different = (f"{100 * case[f'bf16_{name}']:.3f} %" for name in names)
+    rounded.add_row("hidden states", f"{100 * case['bf16_equal_share']:.0f} %", *different)
     answers = Table("answers batched by tokens", "CPU s", "fixed batches: CPU s", "speed-up")
     case = results["generation"]
     row = (f"{case[f'{name}_seconds']:.1f}" for name in ("by_tokens", "fixed"))
     answers.add_row(f"{case['records']} prompts", *row, f"{case['fixed_over_by_tokens']:.2f}")
-    planned = Table("highest memory of a rank", "predicted GB", "measured GB", "predicted / measured")
+    planned = Table("highest memory of a rank", "predicted GB", "measured GB", "predicted / measured", "corrected")
     for case, values in results["plan"].items():
         both = (f"{values[name] / 1e9:.2f}" for name in ("predicted_bytes", "measured_bytes"))
-        planned.add_row(case, *both, f"{values['ratio']:.2f}")
+        planned.add_row(case, *both, f"{values['ratio']:.2f}", f"{values['corrected_ratio']:.2f}")
     teacher = Table("teacher on 4 ranks", "loading MiB a rank", "running MiB a rank", "share of resident")
     case = results["teacher_sharded"]
     for backend, share in (("resident", ""), ("sharded", f"{100 * case['share']:.1f} %")):
         sizes = (f"{case[f'{backend}_{phase}_bytes'] / 2**20:.0f}" for phase in ("loading", "running"))
         teacher.add_row(backend, *sizes, share)
-    return [heads, step, aligned, saving, cache, answers, planned, teacher]
+    scale = Table("a million records, a rank", "CPU s", "GiB")
+    case = results["scale"]
+    for name, label in (("first_step", "a run of one step"), ("finding", "finding them in a teacher's cache")):
+        scale.add_row(label, f"{case[f'{name}_seconds']:.0f}", f"{case[f'{name}_bytes'] / GIB:.2f}")
+    reads = Table("read from disk by 4 ranks, of a model's files", *PLACES)
+    reads.add_row("times", *(f"{case[f'{place}_reads']:.2f}" for place in PLACES))
+    return [heads, step, aligned, saving, cache, rounded, answers, planned, teacher, scale, reads]
 
 
 def show(text: str | Table) -> None:
@@ -122,6 +133,7 @@ def main(arguments: list[str]) -> None:
         "generation": in_own_process("generation", *files[:2]),
         "plan": run_cases(),
         "teacher_sharded": in_own_process("teacher_sharded"),
+        "scale": in_own_process("scale"),
     }
     Path("bench.json").write_text(json.dumps(results, indent=2) + "\n")
     for table in tables(results):

@@ -1,6 +1,7 @@
 """Predicted beside measured memory of real runs on two ranks: `python -m bench.plan [CASE]...`.
 
-The models have 56 to 112 M weights. Measured is what `dskd plan --measure` measures: the most memory of a rank above
+The teacher is a copy on each rank, split over both, or files; corrected is what `dskd plan --measure` then says. The
+models have 56 to 112 M weights. Measured is what `dskd plan --measure` measures: the most memory of a rank above
 that of the process before it reads anything. libc is told to hand back at once whatever is freed, so that it is tensors
 that are counted, as torch counts them on a GPU. Models are saved in the type that the run does not train in, so that no
 weight stays mapped to its file.
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from support.tiny import Tiny, write_records
@@ -22,7 +23,7 @@ from dskd.config.run import RunConfig
 from dskd.launch.ranks import free_port, rank_environment
 from dskd.plan.forecast import Forecast
 from dskd.plan.machine import this_machine
-from dskd.plan.measured import Measured
+from dskd.plan.measured import Measured, correct
 from dskd.plan.models import read_models
 
 RANKS, LENGTH = 2, 192
@@ -35,16 +36,25 @@ MODELS = {
 }
 CASES = {
     "ZeRO-0 fp32 kd": ("llama", "mistral", ("method.kind=kd", "engine.zero_stage=0", "engine.precision=fp32")),
-    "ZeRO-0 bf16 dskd_cma": ("gpt2", "mistral", ("method.kind=dskd_cma", "engine.zero_stage=0")),
-    "ZeRO-2 fp32 dskd": ("llama", "mistral", ("method.kind=dskd", "engine.zero_stage=2", "engine.precision=fp32")),
+    "ZeRO-0 bf16 dskd_cma, cache": (
+        *("gpt2", "mistral"),
+        ("method.kind=dskd_cma", "engine.zero_stage=0", "teacher.backend=cache"),
+    ),
+    "ZeRO-2 fp32 dskd, sharded": (
+        *("llama", "mistral"),
+        ("method.kind=dskd", "engine.zero_stage=2", "engine.precision=fp32", "teacher.backend=sharded"),
+    ),
     "ZeRO-2 bf16 kd, two micro-batches": (
         *("llama", "mistral"),
         ("method.kind=kd", "engine.zero_stage=2", "train.micro_batch_size=2"),
     ),
-    "ZeRO-3 fp32 uld": ("gpt2", "mistral", ("method.kind=uld", "engine.zero_stage=3", "engine.precision=fp32")),
-    "ZeRO-3 bf16 kd, checkpointing": (
+    "ZeRO-3 fp32 uld, sharded": (
+        *("gpt2", "mistral"),
+        ("method.kind=uld", "engine.zero_stage=3", "engine.precision=fp32", "teacher.backend=sharded"),
+    ),
+    "ZeRO-3 bf16 kd, checkpointing, cache": (
         *("llama", "mistral"),
-        ("method.kind=kd", "engine.zero_stage=3", "engine.gradient_checkpointing=true"),
+        ("method.kind=kd", "engine.zero_stage=3", "engine.gradient_checkpointing=true", "teacher.backend=cache"),
     ),
 }
 
@@ -94,14 +104,28 @@ def run_cases(cases: Iterable[str] = tuple(CASES)) -> dict[str, dict[str, float]
     with tempfile.TemporaryDirectory() as root:
         for case in cases:
             run = make_run(Path(root), case)
-            total = Forecast(run, read_models(run), this_machine(RANKS), "resident").memory.total
+            assert run.teacher is not None
+            if run.teacher.backend == "cache":
+                make_cache(Path(root), case)
+            forecast = Forecast(run, read_models(run), this_machine(RANKS), run.teacher.backend)
             measured = Measured(**json.loads(in_ranks("bench.plan", "--rank", case, root)))
-            found = {"predicted_bytes": total, "measured_bytes": measured.peak, "ratio": total / measured.peak}
-            results[case] = found
-            print(
-                f"{case}: {total / 1e9:.3f} GB, {measured.peak / 1e9:.3f} GB measured, {found['ratio']:.3f}", flush=True
-            )
+            _, correction = correct(forecast, measured)
+            totals = [each.memory.total for each in (forecast, replace(forecast, correction=correction))]
+            ratio, corrected = (total / measured.peak for total in totals)
+            results[case] = {
+                "predicted_bytes": totals[0],
+                "measured_bytes": measured.peak,
+                "ratio": ratio,
+                "corrected_ratio": corrected,
+            }
+            both = f"{totals[0] / 1e9:.3f} GB, {measured.peak / 1e9:.3f} GB measured"
+            print(f"{case}: {both}, {ratio:.3f}, corrected {corrected:.3f}", flush=True)
     return results
+
+
+def make_cache(root: Path, case: str) -> None:
+    command = [sys.executable, "-m", "dskd", "teacher", "cache", str(root / "run.yaml"), *CASES[case][2]]
+    subprocess.run([*command, "launch.processes=1"], check=True, stdout=subprocess.DEVNULL)
 
 
 def in_ranks(*arguments: str) -> str:

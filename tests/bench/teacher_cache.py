@@ -2,7 +2,8 @@
 
 The models of the quick start, dskd_cma, fp32: SmolLM2-135M as the teacher, and a student of 5.7 M parameters. The first
 records of a file that is named, else made ones in the lengths of Dolly. CPU seconds of one thread, data included; the
-share of a step that waits for data is measured with one worker process, as in a run.
+share of a step that waits for data is measured with one worker process, as in a run. Beside the ratio stands the one
+that `dskd plan` foretells of the same run; and how far states in bf16 differ, whose batches have other padding.
 """
 
 import json
@@ -13,6 +14,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import torch
 from support.tiny import write_records
 
 from bench.measure import one_thread
@@ -25,6 +27,9 @@ from dskd.data.shard import Shard
 from dskd.engine import distributed
 from dskd.engine.distributed import Ranks
 from dskd.launch.ranks import free_port, rank_environment
+from dskd.plan.forecast import Forecast
+from dskd.plan.machine import this_machine
+from dskd.plan.models import read_models
 from dskd.quickstart import write_student, write_teacher
 from dskd.teachers.cache.write import write_cache
 from dskd.train import train_step
@@ -80,6 +85,36 @@ def timed(training: Training, workers: int, steps: int) -> tuple[float, float]:
     return time.process_time() - used, sum(waits[1:]) / (time.monotonic() - begun - waits[0])
 
 
+def predicted_ratio(run: RunConfig) -> float:
+    """How many times as long `dskd plan` says that a resident teacher takes."""
+    models, machine = read_models(run), this_machine(1)
+    resident, cache = (Forecast(run, models, machine, backend).hours for backend in ("resident", "cache"))
+    return resident / cache
+
+
+def in_bf16(run: RunConfig, ranks: Ranks) -> dict[str, float]:
+    """States of the first epoch from a cache, against those of the resident teacher, and the losses of two steps."""
+    run = override(run, ["engine.precision=bf16"])
+    write_cache(run, Shard(), ranks)
+    resident, cached = (assemble(override(run, [f"teacher.backend={b}"]), ranks) for b in ("resident", "cache"))
+    equal, errors = [], []
+    for step in range(RECORDS // BATCH):
+        for batch in Steps(cached.plan, cached.train, 0, 1)[step]:
+            (exact,) = resident.teacher.states([batch])
+            equal.append((batch.states == exact).all(-1))
+            errors.append((batch.states - exact).float().norm(dim=-1) / exact.float().norm(dim=-1))
+    losses = [
+        [train_step(each, step, Steps(each.plan, each.train, 0, 1)[step - 1])["loss"] for step in (1, 2)]
+        for each in (resident, cached)
+    ]
+    return {
+        "bf16_equal_share": float(torch.cat(equal).float().mean()),
+        "bf16_mean_difference": float(torch.cat(errors).mean()),
+        "bf16_largest_difference": float(torch.cat(errors).max()),
+        "bf16_loss_difference": max(abs(own - whole) / whole for whole, own in zip(*losses, strict=True)),
+    }
+
+
 def measure(run: RunConfig, ranks: Ranks) -> dict[str, float]:
     steps = EPOCHS * (RECORDS // BATCH)
     resident, _ = timed(assemble(run, ranks), 0, steps)
@@ -95,7 +130,9 @@ def measure(run: RunConfig, ranks: Ranks) -> dict[str, float]:
         "making_seconds": making,
         "cached_seconds": cached,
         "resident_over_cache": resident / (making + cached),
+        "predicted_ratio": predicted_ratio(run),
         "waiting_share": waiting,
+        **in_bf16(run, ranks),
     }
 
 
