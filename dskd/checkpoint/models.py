@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from peft import peft_model
@@ -42,7 +42,7 @@ def model_files(
 
 def saved_files(student: Any, state: dict[str, Tensor], tokenizer: Any) -> Contents:
     """What `save_pretrained` writes for a student with the weights `state`, and for its tokenizer."""
-    with TemporaryDirectory() as name, as_user_error(Path(name)):
+    with as_user_error(Path(gettempdir()), "TMPDIR"), TemporaryDirectory() as name:
         folder = Path(name)
         with tensors_kept(folder) as tensor_files:
             student.save_pretrained(folder, state_dict=state)

@@ -114,6 +114,13 @@ class Forecast:
         return states + (keep.keep_best + 1) * step.student.weights * step.size + self.cache_bytes
 
     @property
+    def copies(self) -> int:
+        """Bytes of the main rank's node for copies of a state and a model, from which they are written."""
+        machine, step = self.machine, self.step
+        state = STATE_BYTES * step.trained * machine.ranks_per_node // machine.ranks
+        return state + step.student.weights * step.size
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of the cache: a hidden state for each response token, and the teacher's ends."""
         teacher = self.models.teacher

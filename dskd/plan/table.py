@@ -99,6 +99,8 @@ def notes(found: Verdict) -> Iterator[str]:
         if forecast.making:
             size, making = gigabytes(forecast.cache_bytes), gigabytes(forecast.making)
             yield f"the cache: {size} GB; made once, in {making} GB a rank with the teacher split over {machine.ranks}"
+    copies = gigabytes(asked.copies)
+    yield f"saving: from copies in {copies} GB of a node's memory, where twice as much is free; else training waits"
     yield state(found)
     if found.advice is None:
         yield f"best: none was found that fits, on up to {nodes_told(machine.most_nodes)}"

@@ -80,11 +80,13 @@ def tables(results: dict) -> list[Table]:
         for name in ("minimum_edit", "exact"):
             row += [f"{1e3 * case[name]:.2f}", f"{1e3 * case[f'{name}_plain']:.1f}", f"{case[f'{name}_speedup']:.0f}"]
         aligned.add_row(tokens, *row)
-    saving = Table("saving the state", "s", "MiB", "step s", "share at 50 steps")
+    saving = Table("saving", "plain s", "waiting s", "standing still s", "writing s", "share", "step s", "meanwhile s")
     case = results["saving"]
-    share = f"{100 * case['share_at_50_steps']:.2f} %"
-    size = f"{case['state_bytes'] / 2**20:.0f}"
-    saving.add_row("dskd_cma", f"{case['save_seconds']:.2f}", size, f"{case['step_seconds']:.2f}", share)
+    names = "plain", "waiting", "standing", "writing", "step"
+    row = [f"{case[f'{name}_seconds']:.2f}" for name in names]
+    row.insert(4, f"{100 * case['standing_share']:.1f} %")
+    sizes = f"state of {case['state_bytes'] / 1e9:.1f} GB, model of {case['model_bytes'] / 1e9:.1f}"
+    saving.add_row(sizes, *row, f"{case['step_seconds_while_writing']:.2f}")
     cache = Table("teacher's cache", "resident s", "making s", "cached s", "speed-up", "predicted", "waiting for data")
     case = results["teacher_cache"]
     seconds = [f"{case[f'{name}_seconds']:.1f}" for name in ("resident", "making", "cached")]

@@ -171,6 +171,15 @@ def test_a_student_alone_has_one_row(folder):
     assert "teacher" not in verdict_line(plan)
 
 
+def test_copies_are_of_a_node_s_part_of_the_state_and_of_the_model(folder, capsys):
+    one, two = (planned("engine.zero_stage=2", nodes=nodes).asked for nodes in (1, 2))
+    student = one.step.student.weights
+    assert one.copies == 12 * one.step.trained + 2 * student
+    assert two.copies == 6 * two.step.trained + 2 * student
+    show_plan(planned())
+    assert f"copies in {one.copies / 1e9:.1f} GB of a node's memory" in capsys.readouterr().out
+
+
 def test_the_table_in_readme_is_what_it_prints(folder, monkeypatch, capsys):
     """From configurations in the hub's cache alone."""
     shown = (Path(__file__).parents[2] / "README.md").read_text().split("$ dskd plan ")[1].partition("```")[0]
