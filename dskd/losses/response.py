@@ -25,9 +25,10 @@ class Response:
         hidden, self.labels, self.smoothing = student.hidden, student.labels, smoothing
         self.count = len(student.labels)
         if first is not None:
-            others = torch.ones(self.count, dtype=torch.bool, device=first.device)
-            others[first] = False
-            order = torch.cat([first, others.nonzero().squeeze(-1)])
+            # Sorted and not searched for: a GPU's host would wait for how many there are.
+            is_first = torch.zeros(self.count, dtype=torch.int8, device=first.device).index_fill_(0, first, 1)
+            others = is_first.argsort(stable=True)[: self.count - len(first)]
+            order = torch.cat([first, others])
             hidden, self.labels = hidden[order], self.labels[order]
         self.streamed = StreamedLogits(hidden, head, grad_head=True)
         self.ce, self.correct = torch.zeros(2, device=self.labels.device)
@@ -51,11 +52,11 @@ class Response:
 
 def alignment_metrics(pairs: Tensor, student: Tokens) -> dict[str, Sum]:
     """The share of the student's tokens that are aligned, and of its samples without any that is."""
-    ends = torch.tensor(student.lengths, device=pairs.device).cumsum(0)
-    reached = int((torch.bincount(torch.bucketize(pairs[:, 1].contiguous(), ends, right=True)) > 0).sum())
+    ends = torch.tensor(student.lengths).cumsum(0).to(pairs.device, non_blocking=True)
     count, samples = len(student.labels), len(student.lengths)
-    zero = torch.zeros((), device=pairs.device)
+    missed = torch.ones(samples, device=pairs.device)
+    missed.index_fill_(0, torch.bucketize(pairs[:, 1].contiguous(), ends, right=True), 0)
     return {
-        "aligned_tokens": Sum(zero + len(pairs), count),
-        "samples_without_alignment": Sum(zero + (samples - reached), samples),
+        "aligned_tokens": Sum(torch.full((), float(len(pairs)), device=pairs.device), count),
+        "samples_without_alignment": Sum(missed.sum(), samples),
     }

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import HEADS, assert_streamed_is_dense, case
 from support.heads import means
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskd.config.methods import Divergence
 from dskd.losses import METHODS, streaming
@@ -113,3 +114,32 @@ def test_label_smoothing_is_torch_s():
     value = method(own, None, means(method)).loss
     expected = torch.nn.functional.cross_entropy(student.logits(own.hidden), own.labels, label_smoothing=0.3)
     torch.testing.assert_close(value, expected)
+
+
+class Waits(TorchDispatchMode):
+    """Remembers operations whose result's size or value a GPU's host has to wait for."""
+
+    OPERATIONS = ("nonzero", "_local_scalar_dense", "masked_select", "_unique2", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.OPERATIONS or by_mask:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+ALIGNS = {"mined": 3}  # one-to-one pairs are chosen
+COUNTS = {"dskd_v2": 3, "dskd_v2_eta": 3}  # which tokens have a part, and how many agree
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_host_waits_for_nothing_but_what_a_method_counts_itself(kind):
+    method, _, _, own, other = case(kind, (3, 2), (3, 2), (20, 30))
+    with Waits() as waits:
+        method(own, other, means(method)).loss.backward()
+    assert len(waits.found) == (ALIGNS | COUNTS).get(kind, 0), waits.found
