@@ -148,7 +148,9 @@ def submit_evaluations(
     check_checkpoint(model)
     name, cluster = find_cluster(cluster_name, "--jobs")
     requests = [
-        evaluate_request(model, base_of(model), data.absolute(), (seed,), evaluation_of(model, set_, seed), stage, cluster)
+        evaluate_request(
+            model, base_of(model), data.absolute(), (seed,), evaluation_of(model, set_, seed), stage, cluster
+        )
         for set_, data in files
         for seed in stage.seeds
     ]

@@ -152,7 +152,7 @@ def test_one_that_hangs_is_not_waited_for(run, packages, monkeypatch):
     make, _ = packages
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.2)
     monkeypatch.setattr(trackers, "WAITING", 2)
-    make(wandb="import time\nSettings = dict\ndef init(**k): time.sleep(3)\n")
+    make(wandb="import threading\nSettings = dict\ndef init(**k): threading.Event().wait()\n")
     log = make_steps(replace(run, report=ReportConfig(("wandb",))), 1, 4)
     assert "report.trackers: wandb has not taken all within 0 s; it misses the rest" in log
 
