@@ -7,7 +7,12 @@ import typer
 
 
 def report(
-    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.")],
+    run_directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR...", help="Directories of runs; and of models that were evaluated, such as a teacher."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The page; the same as Markdown is written beside it.")] = Path(
         "report.html"
     ),

@@ -10,7 +10,7 @@ from dskd.report.curves import curve_figures
 from dskd.report.document import Block, Cell, Document, Example, Section, Table
 from dskd.report.nearness import NEARNESS_TEXT, nearness
 from dskd.report.published import Published
-from dskd.report.runs import SEED, Group, Run, student_of, teacher_of
+from dskd.report.runs import SEED, Group, Run, Scored, student_of, teacher_of
 from dskd.report.statistics import RESAMPLES, Comparison, Summary, average, paired_bootstrap, summarize
 
 METRICS = {"rougel": "ROUGE-L", "exact_match": "Exact match"}
@@ -20,23 +20,29 @@ LONGEST_TEXT = 700
 """Characters of a prompt or an answer."""
 
 
-def build(groups: Sequence[Group], baselines: Mapping[str, Group], published: Sequence[Published]) -> Document:
+def build(
+    groups: Sequence[Group],
+    baselines: Mapping[str, Group],
+    published: Sequence[Published] = (),
+    models: Sequence[Scored] = (),
+) -> Document:
     """Everything of a report.
 
     Args:
         baselines: for the label of a group the one that it is compared with.
         published: averages to be shown beside.
+        models: others whose scores are shown too, such as the teacher's.
     """
-    sets = sorted({name for group in groups for run in group.runs for name in run.sets})
+    sets = sorted({name for row in [*groups, *models] for found in row.sets for name in found})
     sections = [
-        Section("Scores", SCORES_TEXT, list(score_tables(groups, sets))),
+        Section("Scores", SCORES_TEXT, list(score_tables(groups, models, sets))),
         Section("Against the baseline", BASELINE_TEXT, list(comparison_tables(groups, baselines, sets))),
         Section("Published averages", PUBLISHED_TEXT, list(published_table(groups, sets, published))),
         Section("Nearness to the teacher", NEARNESS_TEXT, list(nearness(groups))),
         Section("Runs", [], [runs_table(groups), *restarts_table(groups)]),
         Section("Curves", CURVES_TEXT, list(curve_figures(groups))),
         Section("Settings that differ", [], list(differing_settings(groups))),
-        Section("Example answers", EXAMPLES_TEXT, list(examples(groups, sets))),
+        Section("Example answers", EXAMPLES_TEXT, list(examples([*models, *groups], sets))),
     ]
     runs = sum(len(group.runs) for group in groups)
     text = [f"{runs} runs in {len(groups)} groups; a group is the runs that differ only in {SEED}."]
@@ -71,31 +77,36 @@ def number(value: float) -> str:
     return f"{value:.2f}"
 
 
-def score_tables(groups: Sequence[Group], sets: Sequence[str]) -> Iterator[Table]:
-    """One for each metric: groups x sets, and their average where there are several."""
-    found = {metric for group in groups for run in group.runs for each in run.sets.values() for metric in each.by_seed}
+def score_tables(groups: Sequence[Group], models: Sequence[Scored], sets: Sequence[str]) -> Iterator[Table]:
+    """One for each metric: models and groups x sets, and their average where there are several."""
+    rows = [*models, *groups]
+    found = {metric for row in rows for own in row.sets for each in own.values() for metric in each.by_seed}
     for metric in [*(m for m in METRICS if m in found), *sorted(found - set(METRICS))]:
-        names = [name for name in sets if any(group.scores(metric, name) for group in groups)]
-        columns = [[summarize(group.scores(metric, name)) for group in groups] for name in names]
+        names = [name for name in sets if any(row.scores(metric, name) for row in rows)]
+        columns = [[summarize(row.scores(metric, name)) for row in rows] for name in names]
         if len(names) > 1:
-            columns.append([summarize(average_scores(group, metric, names)) for group in groups])
-        cells = [score_cells(column) for column in columns]
-        rows = [
-            [Cell(group.label), Cell(seeds_of(group, metric, names)), *(column[i] for column in cells)]
-            for i, group in enumerate(groups)
+            columns.append([summarize(average_scores(row, metric, names)) for row in rows])
+        cells = [score_cells(column, len(models)) for column in columns]
+        lines = [
+            [Cell(row.label), Cell(seeds_of(row, metric, names)), *(column[i] for column in cells)]
+            for i, row in enumerate(rows)
         ]
         head = [METRICS.get(metric, one_line(metric, 60)), "seeds", *names, *[AVERAGE][: len(names) > 1]]
-        yield Table(head, rows)
+        yield Table(head, lines)
 
 
-def average_scores(group: Group, metric: str, sets: Sequence[str]) -> dict[tuple[int, int], float]:
-    return average([group.scores(metric, name) for name in sets])
+def average_scores(row: Scored, metric: str, sets: Sequence[str]) -> dict[tuple[int, int], float]:
+    return average([row.scores(metric, name) for name in sets])
 
 
-def score_cells(column: Sequence[Summary | None]) -> list[Cell]:
-    means = {each.mean for each in column if each is not None}
+def score_cells(column: Sequence[Summary | None], models: int) -> list[Cell]:
+    """The best is in bold where they differ; the first so many rows do not take part."""
+    means = {each.mean for each in column[models:] if each is not None}
     best = max(means) if len(means) > 1 else None
-    return [Cell("–") if each is None else score_cell(each, each.mean == best) for each in column]
+    return [
+        Cell("–") if each is None else score_cell(each, i >= models and each.mean == best)
+        for i, each in enumerate(column)
+    ]
 
 
 def score_cell(summary: Summary, best: bool) -> Cell:
@@ -105,9 +116,9 @@ def score_cell(summary: Summary, best: bool) -> Cell:
     return Cell(text, detail, best)
 
 
-def seeds_of(group: Group, metric: str, sets: Sequence[str]) -> str:
+def seeds_of(row: Scored, metric: str, sets: Sequence[str]) -> str:
     """How many trainings, and how many samplings of each, stand behind a row."""
-    keys = {key for name in sets for key in group.scores(metric, name)}
+    keys = {key for name in sets for key in row.scores(metric, name)}
     if not keys:
         return "–"
     runs = {run for run, _ in keys}
@@ -255,13 +266,13 @@ def values(group: Group, key: str) -> Cell:
     return Cell(one_line(" · ".join(dict.fromkeys(found)), 120))
 
 
-def examples(groups: Sequence[Group], sets: Sequence[str]) -> Iterator[Block]:
-    """The same records, answered by each group that has them."""
+def examples(rows: Sequence[Scored], sets: Sequence[str]) -> Iterator[Block]:
+    """The same records, answered by each model, and by the first run of each group, that has them."""
     for name in sets:
-        scored = [(group, run.sets[name]) for group in groups for run in group.runs[:1] if name in run.sets]
+        scored = [(row, row.sets[0][name]) for row in rows if name in row.sets[0]]
         keys = sorted({key for _, scores in scored for key in scores.examples})
         for key in keys:
-            found = [(group.label, scores.examples[key]) for group, scores in scored if key in scores.examples]
+            found = [(row.label, scores.examples[key]) for row, scores in scored if key in scores.examples]
             first = found[0][1]
             answers = [(label, number(answer.rougel), one_text(answer.answer)) for label, answer in found]
             title = f"{name}, record {key[0]}"

@@ -13,7 +13,7 @@ from dskd.config.changes import HARMLESS, flat
 from dskd.config.errors import UserError, one_line
 from dskd.config.hub import model_name
 from dskd.config.load import to_plain
-from dskd.config.run import RunConfig
+from dskd.config.run import BEST, RunConfig
 from dskd.rundir.analysis import Analysis, read_analysis
 from dskd.rundir.evaluations import Answer, Evaluation, evaluations_in, read_answers
 from dskd.rundir.files import read_json
@@ -70,31 +70,39 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Group:
-    """The runs that differ in nothing but train.seed, and in what changes no result."""
+class Scored:
+    """A row of scores: a group, or a model that is no run's, such as a teacher."""
 
     label: str
-    runs: Sequence[Run]
-
-    @property
-    def config(self) -> RunConfig:
-        return self.runs[0].config
+    sets: Sequence[Mapping[str, SetScores]]
+    """By the names of the sets; one a run."""
 
     def scores(self, metric: str, name: str) -> dict[tuple[int, int], float]:
         """On one set of records, by (number of the run, sampling seed)."""
         return {
             (number, seed): score
-            for number, run in enumerate(self.runs)
-            if name in run.sets
-            for seed, score in run.sets[name].by_seed.get(metric, {}).items()
+            for number, sets in enumerate(self.sets)
+            if name in sets
+            for seed, score in sets[name].by_seed.get(metric, {}).items()
         }
 
     def by_record(self, name: str) -> dict[RecordKey, float]:
         """ROUGE-L of each record of a set, mean over training and sampling seeds; empty where they disagree on it."""
-        found = [run.sets[name].by_record for run in self.runs if name in run.sets]
+        found = [sets[name].by_record for sets in self.sets if name in sets]
         if not found or any(each.keys() != found[0].keys() for each in found):
             return {}
         return {key: sum(each[key] for each in found) / len(found) for key in found[0]}
+
+
+@dataclass(frozen=True)
+class Group(Scored):
+    """The runs that differ in nothing but train.seed, and in what changes no result."""
+
+    runs: Sequence[Run]
+
+    @property
+    def config(self) -> RunConfig:
+        return self.runs[0].config
 
 
 def load(directory: Path) -> Run:
@@ -103,19 +111,30 @@ def load(directory: Path) -> Run:
     folders = [directory]
     if place.best.is_dir():
         folders.insert(0, model_of(directory))  # scores of the model itself before those of whatever was best once
-    by_name: dict[str, list[Evaluation]] = {}
-    for evaluation in evaluations_in(*folders):
-        by_name.setdefault(evaluation.name, []).append(evaluation)
     return Run(
         directory,
         config,
         read_steps(place),
         read_evaluations(place),
         restarts(place),
-        {name: set_scores(found) for name, found in by_name.items()},
+        sets_in(*folders),
         versions(place),
         read_analysis(directory),
     )
+
+
+def load_model(folder: Path) -> Scored | None:
+    """A model that is no run's, by its evaluations; None where it has none."""
+    sets = sets_in(folder)
+    return Scored(folder.name, [sets]) if sets else None
+
+
+def sets_in(*folders: Path) -> dict[str, SetScores]:
+    """The evaluations in these folders, by sets of records."""
+    by_name: dict[str, list[Evaluation]] = {}
+    for evaluation in evaluations_in(*folders):
+        by_name.setdefault(evaluation.name, []).append(evaluation)
+    return {name: set_scores(found) for name, found in by_name.items()}
 
 
 def versions(place: RunDirectory) -> dict[str, str]:
@@ -176,7 +195,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     labels = [label_of(group[0], [other[0] for other in groups]) for group in groups]
     twice = {label for label in labels if labels.count(label) > 1}
     numbered = [f"{label} #{i}" if label in twice else label for i, label in enumerate(labels, 1)]
-    return [Group(label, group) for label, group in zip(numbered, groups, strict=True)]
+    return [Group(name, [run.sets for run in own], own) for name, own in zip(numbered, groups, strict=True)]
 
 
 def label_of(run: Run, others: Sequence[Run]) -> str:
@@ -199,13 +218,18 @@ def own_settings(run: Run, others: Sequence[Run]) -> Iterator[str]:
 
 
 def student_of(run: Run) -> str:
-    return model_name(run.config.student.path)
+    return short_name(run.config.student.path)
 
 
 def teacher_of(run: Run) -> str:
     """Empty where the method learns from none."""
     teacher = run.config.teacher
-    return "" if teacher is None or run.config.method.teacher == "none" else f"from {model_name(teacher.path)}"
+    return "" if teacher is None or run.config.method.teacher == "none" else f"from {short_name(teacher.path)}"
+
+
+def short_name(path: Path) -> str:
+    """A model's name; of the best model of a run that of its student."""
+    return path.parents[2].name if path.name == BEST and len(path.parents) > 3 else model_name(path)
 
 
 def find_baselines(groups: Sequence[Group], wanted: str | None) -> dict[str, Group]:

@@ -9,7 +9,7 @@ from dskd.report import page
 from dskd.report.content import build
 from dskd.report.markdown import MARK, markdown
 from dskd.report.published import COMPARED
-from dskd.report.runs import find_baselines, grouped, load
+from dskd.report.runs import find_baselines, grouped, load, load_model
 from dskd.rundir.collect import runs_among
 from dskd.rundir.files import as_user_error, write_text
 
@@ -29,12 +29,15 @@ def write_report(
     for file, mark in ((out, page.MARK), (beside, MARK)):
         refuse_other(file, mark)
     runs, others = runs_among(directories)
-    if others:
-        print(f"skipped, no run (no run.yaml in it): {', '.join(map(str, others))}", file=sys.stderr)
+    found = {path: load_model(path) for path in others}
+    skipped = [str(path) for path, model in found.items() if model is None]
+    if skipped:
+        print(f"skipped, no run (no run.yaml in it) and no evaluations: {', '.join(skipped)}", file=sys.stderr)
     groups = grouped([load(run) for run in dict.fromkeys(run.resolve() for run in runs)])
     baselines = find_baselines(groups, baseline)
     groups.sort(key=lambda group: group.label in baselines)  # the baselines themselves first
-    document = build(groups, baselines, COMPARED[compare] if compare else ())
+    models = [model for model in found.values() if model is not None]
+    document = build(groups, baselines, COMPARED[compare] if compare else (), models)
     with as_user_error(out, "--out"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, page.page(document))

@@ -121,6 +121,23 @@ def test_models_of_runs_are_named_where_they_differ(tmp_path, maker):
     assert [row[1] for row in page.table("run")[1:]] == ["sft small / seed 10", "sft large / seed 10"]
 
 
+def test_a_teacher_s_scores_stand_beside_and_compete_with_none(tmp_path, experiment):
+    teacher = tmp_path / "qwen"
+    (teacher / "best").mkdir(parents=True)
+    write_evaluation(teacher, "dolly", {1: [90.0] * 20}, ["The teacher's answer."])
+    page, text = made(tmp_path, [*experiment, teacher / "best", tmp_path])
+    assert [row[0] for row in page.table("ROUGE-L")] == ["ROUGE-L", "best", "sft", "dskd_cma"]
+    assert page.table("ROUGE-L")[1][1:] == ["1 × 1", "90.00", "–", "–"]
+    assert "90.00" not in page.bold
+    assert "The teacher's answer." in text
+
+
+def test_the_best_model_of_a_run_has_the_name_of_its_student(tmp_path, maker):
+    teachers = [{"path": f"/outputs/{name}/sft/default/best"} for name in ("qwen", "llama")]
+    page, _ = made(tmp_path, [maker("kd", name=t["path"].split("/")[2], teacher=t) for t in teachers])
+    assert [row[1] for row in page.table("run")[1:]] == ["kd from qwen / seed 10", "kd from llama / seed 10"]
+
+
 def test_evaluations_of_single_seeds_in_a_run_directory_count_too(tmp_path, maker):
     run = maker("sft")
     for seed in (1, 2):
