@@ -26,6 +26,7 @@ VERBS = (
     here.collect,
     answers.evaluate,
     answers.generate,
+    answers.judge,
     results.analyze,
     results.report,
     cluster.plan,

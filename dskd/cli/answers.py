@@ -1,5 +1,6 @@
 """Verbs that let a model answer."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -124,6 +125,31 @@ def generate(
     share = Shard.parse(shard)
     asked = Generation(model, data, out, seed, settings, precision, bos, whole, "vllm" if engine == "vllm" else "dskd")
     start_generation(asked, share, processes)
+
+
+def judge(
+    evaluations: Annotated[
+        list[Path],
+        typer.Argument(metavar="EVALUATION...", help="Finished evaluations, such as MODEL/eval/DATA."),
+    ],
+    address: Annotated[str, typer.Option(help="OpenAI-compatible, up to /v1.")],
+    model: Annotated[str, typer.Option(help="The judge's name there.")],
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Questions at a time.")] = 8,
+) -> None:
+    """Let a language model score the answers of evaluations from 1 to 10; the key is in DSKD_JUDGE_KEY.
+
+    No question is asked twice: replies are kept in judge.jsonl, and the score is added to results.json.
+    """
+    from dskd.evaluation.judge import KEY, Judge, judge_evaluation
+
+    asked = Judge(address, model, os.environ.get(KEY) or None)
+    for folder in evaluations:
+        found = judge_evaluation(folder, asked, parallel)
+        print(
+            f"judge {found['mean']:.2f} +- {found['deviation']:.2f} of 10 ({found['judged']} answers, "
+            f"{found['without_score']} without a score; {found['asked']} asked now; "
+            f"{found['prompt_tokens']:,} + {found['completion_tokens']:,} tokens in all): {folder}"
+        )
 
 
 def check_precision(precision: str) -> None:

@@ -3,16 +3,17 @@
 import statistics
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rouge_score.rouge_scorer import RougeScorer
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 SCORES = {"rougel": "ROUGE-L", "exact_match": "exact match"}
 Summary = dict[str, dict[str, Any]]
 """Of each score its mean and deviation over the seeds, and its value for each."""
 
 
-def score(answer: str, references: Sequence[str], scorer: RougeScorer) -> tuple[float, float]:
+def score(answer: str, references: Sequence[str], scorer: "RougeScorer") -> tuple[float, float]:
     """ROUGE-L F-measure (stemmed) and exact match, best over the references, times 100."""
     rougel = max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in references)
     exact = any(normalize(answer) == normalize(reference) for reference in references)
@@ -27,14 +28,13 @@ def normalize(text: str) -> str:
 def summary(by_seed: Sequence[Sequence[float]]) -> Summary:
     """Mean and sample deviation over the seeds of each score."""
     columns = zip(*by_seed, strict=True)
-    return {
-        name: {
-            "mean": statistics.fmean(values),
-            "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-            "by_seed": list(values),
-        }
-        for name, values in zip(SCORES, columns, strict=True)
-    }
+    return {name: over_seeds(values) for name, values in zip(SCORES, columns, strict=True)}
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """One score of each seed, as results.json holds it."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "deviation": deviation, "by_seed": list(values)}
 
 
 def average(results: Sequence[Mapping[str, Any]]) -> Summary:

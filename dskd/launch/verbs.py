@@ -147,10 +147,9 @@ def submit_evaluations(
     model = model_of(find_model(model)).absolute()
     check_checkpoint(model)
     name, cluster = find_cluster(cluster_name, "--jobs")
+    base = base_of(model)
     requests = [
-        evaluate_request(
-            model, base_of(model), data.absolute(), (seed,), evaluation_of(model, set_, seed), stage, cluster
-        )
+        evaluate_request(model, base, data.absolute(), (seed,), evaluation_of(model, set_, seed), stage, cluster)
         for set_, data in files
         for seed in stage.seeds
     ]

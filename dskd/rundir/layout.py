@@ -32,6 +32,8 @@ RESULTS = "results.json"
 ANSWERS = "answers.jsonl"
 PARTIAL_ANSWERS = "answers.partial.jsonl"
 """Those that are made so far, while an evaluation is under way."""
+JUDGED = "judge.jsonl"
+"""What a judge has replied to them."""
 INDEX = "index.json"
 """What `dskd collect` writes beside the models that it gathered."""
 
