@@ -32,6 +32,7 @@ from support.heads import Weights
 
 from bench.loss_heads import DUAL_SPACE, PRODUCTS, Sizes, dense_step, make, streamed_step
 from dskd.config.engine import EngineConfig
+from dskd.losses import kernels
 from dskd.losses.method import Method
 from dskd.losses.tensors import Tokens
 
@@ -130,13 +131,14 @@ def dense(method: Method, student: Weights, teacher: Weights, own: Tokens, other
     try:
         step()
         return {"ms": median(timed(step) for _ in range(REPEATS)), "extra_gib": extra_gib(step)}
-    except torch.OutOfMemoryError:
-        return {"ms": None, "why": "out of memory"}
+    except RuntimeError as error:  # out of memory, or nothing that compiles here
+        return {"ms": None, "why": str(error).partition("\n")[0]}
 
 
 def heads(given: argparse.Namespace) -> dict[str, object]:
-    with torch.device(given.device):
-        return dict(all_heads(given.tiny))
+    device = torch.device(given.device)
+    with device:
+        return {"kernels": kernels.problem(device) or "Triton", **dict(all_heads(given.tiny))}
 
 
 def all_heads(tiny: bool) -> Iterator[tuple[str, object]]:

@@ -27,7 +27,7 @@ def saving(tiny: bool, ranks: Ranks, root: Path) -> dict[str, object]:
     free = shutil.disk_usage(root).free
     if free < BYTES_A_WEIGHT * weights:
         return {"why": f"{free / 1e9:.0f} GB are free in {root}, of {BYTES_A_WEIGHT * weights / 1e9:.0f} wanted"}
-    batches = micro_batches(records, sizes.vocabulary, by_tokens=False)
+    batches = micro_batches(records, sizes.vocabulary)
     for step in range(1, 4):  # the first makes the optimizer's state
         start = time.perf_counter()
         train_step(training, step, batches)

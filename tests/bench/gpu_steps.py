@@ -8,8 +8,10 @@ MFU is the share of the chip's arithmetic that goes into products with weights a
 no padding: forward and backward of the student, forward of the teacher, and what the loss needs of both heads.
 """
 
+import gc
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,7 +47,7 @@ STUDENT = {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 
 TEACHER = {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "intermediate_size": 11008}
 VOCABULARY, KEY_VALUE_HEADS = 151936, 2
 RECORDS = {"full": [(129, 382)] * 16, "Dolly": DOLLY * 5}  # tokens of prompt and response
-MICRO_BATCH, TOKENS = 8, 8192
+MICRO_BATCH, TOKENS, LONGEST = 8, 8192, 512
 WARM_UP, STEPS = 2, 5
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 """Dense bf16 operations a second, by what a device's name holds."""
@@ -105,14 +107,19 @@ def views_of(training: Training) -> list[ModelView]:
     return [student, training.teacher.view] if isinstance(training.teacher, ResidentTeacher) else [student]
 
 
-def micro_batches(records: list[tuple[int, int]], vocabulary: int, by_tokens: bool) -> list[Batch]:
-    """Records of like length together, as a run would cut them: so many, or packed up to so many tokens."""
+def micro_batches(
+    records: list[tuple[int, int]], vocabulary: int, by_tokens: bool = False, packed: bool = True
+) -> list[Batch]:
+    """Records of like length together, as a run would cut them: so many, or up to so many tokens."""
     rng, ordered = np.random.default_rng(0), sorted(records, key=sum)
     samples = [Sample(*(rng.integers(0, vocabulary, length) for length in record)) for record in ordered]
     parts = [range(start, start + MICRO_BATCH) for start in range(0, len(samples), MICRO_BATCH)]
     if by_tokens:
-        parts = Budget(TOKENS, lambda index: (sum(ordered[index]),) * 2, packed=True).cut(range(len(samples)), 1)
-    sides = [collate([samples[index] for index in part if index < len(samples)], packed=by_tokens) for part in parts]
+        parts = Budget(TOKENS, lambda index: (sum(ordered[index]),) * 2, packed).cut(range(len(samples)), 1)
+    sides = [
+        collate([samples[index] for index in part if index < len(samples)], packed=by_tokens and packed)
+        for part in parts
+    ]
     return [Batch((), side, side) for side in sides]
 
 
@@ -171,28 +178,36 @@ def measure(training: Training, batches: list[Batch], wanted: float) -> dict[str
 def steps(tiny: bool, ranks: Ranks, root: Path, until: float) -> dict[str, object]:
     """Each kind with each form; what does not begin before `until` is left out."""
     sizes, found = TINY if tiny else REAL, {}
-    problem = compilation.problem(ranks.device)
+    most = max(len(records) for records in sizes.records.values())
+    no_compiler = compilation.problem(ranks.device)
     for kind in KINDS:
-        longest = max(len(records) for records in sizes.records.values())
-        training = put_together(run_of(kind, longest // MICRO_BATCH * MICRO_BATCH, root, ranks.device), sizes, ranks)
+        training = put_together(run_of(kind, most // MICRO_BATCH * MICRO_BATCH, root, ranks.device), sizes, ranks)
         views = views_of(training)
-        packs = [try_packing(view, 512) for view in views]
-        assert packs == [None] * len(views)
-        for form in ("as written", "compiled"):
-            if form == "compiled" and problem is None:
+        packed = not any(try_packing(view, LONGEST) for view in views)
+        for compiled in (False, True):
+            if compiled and no_compiler is None:
                 for view in views:
                     compilation.compile_layers(view)
-            for name, records in sizes.records.items():
-                for by_tokens in (False, True):
-                    case = f"{kind}, {name}, {TOKENS} tokens" if by_tokens else f"{kind}, {name}, {MICRO_BATCH} records"
-                    found[f"{case}, {form}"] = left_out = {"why": "no time is left"}
-                    if form == "compiled" and problem is not None:
-                        left_out["why"] = problem
-                    elif time.monotonic() < until:
-                        batches = micro_batches(records, sizes.vocabulary, by_tokens)
-                        found[f"{case}, {form}"] = measure(training, batches, operations(kind, views, records))
-                    print(f"{case}, {form}", found[f"{case}, {form}"], flush=True)
+            for (name, records), by_tokens in product(sizes.records.items(), (False, True)):
+                cut = f"{TOKENS} tokens" if by_tokens else f"{MICRO_BATCH} records"
+                case = f"{kind}, {name}, {cut}, {'compiled' if compiled else 'as written'}"
+                batches = micro_batches(records, sizes.vocabulary, by_tokens, packed)
+                if compiled and no_compiler is not None:
+                    found[case] = {"why": no_compiler}
+                elif time.monotonic() > until:
+                    found[case] = {"why": "no time is left"}
+                else:
+                    found[case] = measured_where_it_fits(training, batches, operations(kind, views, records))
+                print(case, found[case], flush=True)
         del training, views
+        gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
     return found
+
+
+def measured_where_it_fits(training: Training, batches: list[Batch], wanted: float) -> dict[str, object]:
+    try:
+        return measure(training, batches, wanted)
+    except torch.OutOfMemoryError:
+        return {"why": "out of memory"}
