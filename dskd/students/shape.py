@@ -90,7 +90,12 @@ def smaller_config(config: Any, kept: Sequence[int], sizes: Mapping[Kind, int]) 
             setattr(new, name, [value[index] for index in kept])
     new.num_hidden_layers = len(kept)
     if sizes:
-        new.head_dim = head_size(config)  # else it would follow from the other two
+        try:
+            new.head_dim = head_size(config)  # else it would follow from the other two
+        except AttributeError:
+            raise UserError(
+                f"--{next(iter(sizes))}: the model's head size follows from other sizes; it stays as it is"
+            ) from None
     for kind, size in sizes.items():
         setattr(new, FIELDS[kind], size)
     return new
@@ -112,6 +117,8 @@ def axes_of(config: Any, sizes: Mapping[Kind, tuple[int, int]]) -> Axes:
             continue
         unit = head_size(config) if kind in ("heads", "key_value_heads") else 1
         shorter = weight_shapes(smaller_config(config, range(config.num_hidden_layers), {kind: new}))
+        if shorter.keys() != whole.keys():
+            raise UserError(f"--{kind}: the model has other weights with another {FIELDS[kind]}, so it cannot change")
         for name, shape in shorter.items():
             for axis, (before, after) in enumerate(zip(whole[name], shape, strict=True)):
                 if before == after:
