@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dskd.config.data import form_of
 from dskd.config.errors import UserError, one_line, shown
@@ -24,8 +24,10 @@ from dskd.data.records import (
     record_of,
     told,
 )
-from dskd.data.tokenization import Tokenizer
 from dskd.rundir.files import as_user_error, sha256, written
+
+if TYPE_CHECKING:  # it knows numpy, and the first look at a file needs none
+    from dskd.data.tokenization import Tokenizer
 
 VERSION = 1
 """Of what is made of a source: another one has another name."""
@@ -33,7 +35,7 @@ Row = tuple[str, Mapping[str, Any]]
 """Where a row stands, and its fields."""
 
 
-def lines_of(file: Path, tokenizer: Tokenizer, folder: Path) -> Path:
+def lines_of(file: Path, tokenizer: "Tokenizer", folder: Path) -> Path:
     """A file of lines with the records of a file in any form: itself, or one that is made of it and kept.
 
     Args:
@@ -82,7 +84,7 @@ def is_conversation(row: Mapping[str, Any]) -> bool:
     return row.get("messages") is not None and row.get("prompt") is None
 
 
-def key_of(file: Path, tokenizer: Tokenizer) -> str:
+def key_of(file: Path, tokenizer: "Tokenizer") -> str:
     with told(file):
         content = sha256(file)
     about = [VERSION, content, form_of(file), tokenizer.chat_template, tokenizer.special_tokens_map]
@@ -147,7 +149,7 @@ def parquet_rows(file: Path) -> Iterator[Row]:
             raise UserError(f"{file}: is no Parquet that can be read: {one_line(str(error), 200)}") from None
 
 
-def records_of(row: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Iterator[Record]:
+def records_of(row: Mapping[str, Any], tokenizer: "Tokenizer", where: str) -> Iterator[Record]:
     """The record that a row is, or those that its conversation makes."""
     if is_conversation(row):
         yield from conversation(row["messages"], tokenizer, where)
@@ -155,7 +157,7 @@ def records_of(row: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Iter
         yield record_of(row, where)
 
 
-def conversation(messages: Any, tokenizer: Tokenizer, where: str) -> Iterator[Record]:
+def conversation(messages: Any, tokenizer: "Tokenizer", where: str) -> Iterator[Record]:
     """A record for each turn of the assistant: its text is the response, and what was said before it the prompt.
 
     The prompt is what the tokenizer's template makes of that, with its call for an answer; transformers renders it in a
@@ -171,7 +173,7 @@ def conversation(messages: Any, tokenizer: Tokenizer, where: str) -> Iterator[Re
             yield record_of({"prompt": prompt, "output": message["content"]}, where)
 
 
-def rendered(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str) -> str:
+def rendered(tokenizer: "Tokenizer", messages: list[dict[str, str]], where: str) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what it likes

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from support.tiny import varied_records, write_records
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from dskd.cli import main
 from dskd.config.errors import UserError
@@ -156,6 +156,13 @@ def test_a_layer_that_norms_what_it_adds_is_left_as_it_is(deep):
     assert refit(model, student, [0, 4], None, [IDS]) is None
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_a_mixture_of_experts_has_no_last_linear_module():
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CONFIG_MAPPING["mixtral"](vocab_size=100, num_key_value_heads=2, num_local_experts=2, **shape)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert last_linear(model, layers_of(model)[1][0], IDS) is None
 
 
 def test_pieces_are_the_longest_first():
