@@ -1,4 +1,4 @@
-"""`make bench`: loss heads, a training step, alignments and more, against their dense or plain forms, on one thread.
+"""`make bench`: loss heads, training steps, alignments and more, against their dense or plain forms, on one thread.
 
 Prints tables and writes bench.json. `python -m bench [--quick] [RECORDS STUDENT_TOKENIZER TEACHER_TOKENIZER]`: with
 files, the steps run on these records; --quick leaves out the dense forms, which take most of the time.
@@ -74,6 +74,10 @@ def tables(results: dict) -> list[Table]:
         (f"{case['dense_seconds']:.1f}", f"{case['dense_over_streamed']:.1f}") if "dense_seconds" in case else ("", "")
     )
     step.add_row(f"mean of {case['steps']}", f"{case['seconds']:.1f}", *dense)
+    cut = Table("whole kd step, micro-batches of", "CPU s", "padding", "micro-batches", "most tokens")
+    for form, case in results["micro_batches"].items():
+        figures = f"{case['seconds']:.1f}", f"{100 * case['padding']:.0f} %", f"{case['micro_batches']:.1f}"
+        cut.add_row(form, *figures, f"{case['largest']:.0f}")
     aligned = Table("alignment, tokens", "minimum edit ms", "plain ms", "speed-up", "exact ms", "plain ms", "speed-up")
     for tokens, case in results["alignments"].items():
         row = []
@@ -115,7 +119,7 @@ def tables(results: dict) -> list[Table]:
         scale.add_row(label, f"{case[f'{name}_seconds']:.0f}", f"{case[f'{name}_bytes'] / GIB:.2f}")
     reads = Table("read from disk by 4 ranks, of a model's files", *PLACES)
     reads.add_row("times", *(f"{case[f'{place}_reads']:.2f}" for place in PLACES))
-    return [heads, step, aligned, saving, cache, rounded, answers, planned, teacher, scale, reads]
+    return [heads, step, cut, aligned, saving, cache, rounded, answers, planned, teacher, scale, reads]
 
 
 def show(text: str | Table) -> None:
@@ -129,6 +133,7 @@ def main(arguments: list[str]) -> None:
         "machine": platform.processor() or platform.machine(),
         "loss_heads": loss_heads(quick),
         "training_step": training_step(files, quick),
+        "micro_batches": in_own_process("micro_batches", *files[:2]),
         "alignments": alignments(),
         "saving": in_own_process("saving"),
         "teacher_cache": in_own_process("teacher_cache", *files[:1]),
