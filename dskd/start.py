@@ -165,6 +165,20 @@ def start_evaluation(
     as_rank(TrainConfig(), work, lambda: "go on with the same command")
 
 
+def start_harness(model: Path, suite: str, precision: str, batch_size: int) -> None:
+    """`dskd evaluate --suite lm-eval:TASKS`, in this process."""
+    from dskd.rundir.read import model_of
+
+    model = model_of(find_model(model))
+    check_checkpoint(model)
+    check_folder("--suite", evaluation_of(model, "lm-eval"))
+    from dskd.evaluation.harness import evaluate_tasks, parse_tasks
+
+    for task, result in evaluate_tasks(model, parse_tasks(suite), precision, batch_size).items():
+        values = [f"{name} {value['mean']:.4f}" for name, value in result.items() if isinstance(value, dict)]
+        print(f"{task}: {', '.join(values)} ({result['records']} records)")
+
+
 def start_generation(asked: "Generation", shard: Shard, processes: int | None) -> None:
     """`dskd generate`, on as many ranks as asked for, or as the one rank that this process is."""
     from dskd.data.records import check_records

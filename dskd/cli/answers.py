@@ -29,7 +29,9 @@ def evaluate(
         ),
     ],
     data: Annotated[Path | None, typer.Option(help="Records to answer, jsonl.")] = None,
-    suite: Annotated[str | None, typer.Option(help="A suite instead, such as paper: its sets in --data-root.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A suite instead: paper, its sets in --data-root, or lm-eval:TASK,TASK.")
+    ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder of the sets of a suite.")] = None,
     seeds: Annotated[str, typer.Option(help="Sampling seeds, such as --seeds 10 20 30.")] = "10 20 30 40 50",
     greedy: Greedy = False,
@@ -60,6 +62,14 @@ def evaluate(
 
     numbers = parse_seeds(seeds)
     check_precision(precision)
+    if suite is not None and suite.startswith("lm-eval:"):
+        from dskd.start import start_harness
+
+        if data or data_root or output or jobs:
+            raise UserError(
+                "--suite: lm-eval has its own data, and its results go to MODEL/eval/lm-eval; leave out the rest"
+            )
+        return start_harness(checkpoint, suite, precision, batch_size)
     with as_options():
         settings = GenerationConfig(greedy, temperature, top_p, max_length, max_prompt_length, batch_size)
         files = named_files([data] if data else [])

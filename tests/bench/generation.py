@@ -8,7 +8,6 @@ records and a tokenizer of GPT-2's vocabulary; without them, random tokens in th
 import json
 import random
 import sys
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -74,7 +73,9 @@ def make_prompts(files: list[str]) -> list[Prompt]:
     if files:
         tokenizer = load_tokenizer(Path(files[1]), "tokenizer")
         limits = Limits(SETTINGS.max_length, SETTINGS.max_prompt_length)
-        samples = [tokenize(tokenizer, record, limits) for record in islice(read_records(Path(files[0])), RECORDS)]
+        records = read_records(Path(files[0]))
+        chosen = [records[i * len(records) // RECORDS] for i in range(RECORDS)]  # from all over the file
+        samples = [tokenize(tokenizer, record, limits) for record in chosen]
         return [Prompt(i, tuple(s.prompt.tolist()), len(s.response)) for i, s in enumerate(samples)]
     lengths = random.Random(0).sample(DOLLY * 7, RECORDS)
     ids = torch.randint(VOCABULARY, (RECORDS, 256)).tolist()
