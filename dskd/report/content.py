@@ -13,8 +13,8 @@ from dskd.report.published import Published
 from dskd.report.runs import SEED, Group, Run, Scored, student_of, teacher_of
 from dskd.report.statistics import RESAMPLES, Comparison, Summary, average, paired_bootstrap, summarize
 
-METRICS = {"rougel": "ROUGE-L", "exact_match": "Exact match"}
-"""Those of every evaluation; others come after them, by their own names."""
+METRICS = {"rougel": "ROUGE-L", "exact_match": "Exact match", "judge": "Judge, 1 to 10"}
+"""Those of answers; others come after them, by their own names."""
 AVERAGE = "average"
 LONGEST_TEXT = 700
 """Characters of a prompt or an answer."""
@@ -33,22 +33,24 @@ def build(
         published: averages to be shown beside.
         models: others whose scores are shown too, such as the teacher's.
     """
-    sets = sorted({name for row in [*groups, *models] for found in row.sets for name in found})
+    rows = [*models, *groups]
+    sets = sorted({name for row in rows for found in row.sets for name in found})
+    answered = [name for name in sets if any(row.scores("rougel", name) for row in rows)]
     sections = [
         Section("Scores", SCORES_TEXT, list(score_tables(groups, models, sets))),
-        Section("Against the baseline", BASELINE_TEXT, list(comparison_tables(groups, baselines, sets))),
-        Section("Published averages", PUBLISHED_TEXT, list(published_table(groups, sets, published))),
+        Section("Against the baseline", BASELINE_TEXT, list(comparison_tables(groups, baselines, answered))),
+        Section("Published averages", PUBLISHED_TEXT, list(published_table(groups, answered, published))),
         Section("Nearness to the teacher", NEARNESS_TEXT, list(nearness(groups))),
         Section("Runs", [], [runs_table(groups), *restarts_table(groups)]),
         Section("Curves", CURVES_TEXT, list(curve_figures(groups))),
         Section("Settings that differ", [], list(differing_settings(groups))),
-        Section("Example answers", EXAMPLES_TEXT, list(examples([*models, *groups], sets))),
+        Section("Example answers", EXAMPLES_TEXT, list(examples(rows, answered))),
     ]
     runs = sum(len(group.runs) for group in groups)
     text = [f"{runs} runs in {len(groups)} groups; a group is the runs that differ only in {SEED}."]
     if not sets:
         text.append("No evaluation of these runs is finished yet: dskd evaluate RUN_DIR --data FILE makes one.")
-    text += verdict(groups, baselines, sets)
+    text += verdict(groups, baselines, answered)
     return Document("Distillation report", text, [section for section in sections if section.blocks])
 
 

@@ -147,6 +147,22 @@ def test_evaluations_of_single_seeds_in_a_run_directory_count_too(tmp_path, make
     assert page.table("ROUGE-L")[:2] == [["ROUGE-L", "seeds", "dolly"], ["sft", "1 × 2", "1.50 ± 0.71"]]
 
 
+def test_other_metrics_have_tables_of_their_own(tmp_path, experiment):
+    """Such as a judge's scores in the same file, and a set that has accuracy and no answers."""
+    for run in experiment:
+        file = next(run.glob("epoch*/eval/dolly/results.json"))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"judge": {"by_seed": [6.0, 7.0], "model": "m"}}))
+        task = file.parents[1] / "lm-eval" / "arc"
+        task.mkdir(parents=True)
+        (task / "results.json").write_text(json.dumps({"records": 9, "seeds": [0], "acc": {"by_seed": [0.5]}}))
+    page, text = made(tmp_path, experiment)
+    assert page.table("Judge, 1 to 10")[1:] == [[name, "2 × 2", "6.50 ± 0.58 / training 0.00, sampling 0.71"]
+                                                for name in ("sft", "dskd_cma")]  # fmt: skip
+    assert page.table("acc")[:2] == [["acc", "seeds", "lm-eval/arc"], ["sft", "2 × 1", "0.50 ± 0.00"]]
+    assert page.table("ROUGE-L")[0] == ["ROUGE-L", "seeds", "dolly", "vicuna", "average"]
+    assert "Highest ROUGE-L over 2 sets: dskd\\_cma" in text
+
+
 def test_greedy_answers_are_not_mixed_with_sampled_ones(tmp_path, maker):
     run = maker("sft")
     write_evaluation(run, "dolly", {1: [1.0, 2.0]})
