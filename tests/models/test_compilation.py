@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.compare import figures
 from torch._dynamo.backends.registry import lookup_backend
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -12,7 +13,7 @@ from dskd.models import compilation
 from dskd.models.compilation import as_written, compile_layers, decoder_layers
 from dskd.models.views import ModelView
 from dskd.teachers.resident import ResidentTeacher
-from dskd.train import train_step
+from dskd.train import train, train_step
 
 LAYERS = {"num_hidden_layers": 1}  # equal layers share what is compiled
 
@@ -132,3 +133,24 @@ def test_what_is_compiled_and_told(overrides, broken, told, compiled, make_run, 
 def test_nothing_is_compiled_without_a_gpu(make_run, tmp_path, ranks):
     training = assemble(load_run(make_run(tmp_path, method={"kind": "sft"})), ranks)
     assert not any(module._compiled_call_impl for module in training.distiller.modules())
+
+
+@pytest.mark.parametrize("graphs", ["eager"], indirect=True)
+def test_a_compiled_run_that_is_resumed_is_the_run_that_nothing_stopped_to_the_bit(
+    make_run, tiny, tmp_path, ranks, graphs
+):
+    left = {}
+    for name, stops in (("whole", [4]), ("stopped", [2, 4])):
+        (tmp_path / name).mkdir()
+        models = {"student": {"path": tiny("llama", **LAYERS)}}
+        run_file = make_run(tmp_path / name, method={"kind": "sft"}, train={"schedule": "constant"}, **models)
+        for steps in stops:
+            directory = train(load_run(run_file, [f"train.max_steps={steps}"]), ranks)
+        (saved,) = directory.glob("epoch1_step4_*")
+        weights = (saved / "model.safetensors").read_bytes()
+        left[name] = [line for line in figures(directory) if "dev_loss" not in line], weights
+    assert len(left["whole"][0]) == 4
+    assert left["stopped"] == left["whole"]
+    expected = AutoModelForCausalLM.from_pretrained(tiny("llama", **LAYERS)).state_dict().keys()
+    assert AutoModelForCausalLM.from_pretrained(saved).state_dict().keys() == expected
+    assert graphs
