@@ -1,5 +1,7 @@
 """Compiled decoder layers: losses, parts and gradients of every method, and what stays as it was."""
 
+from itertools import cycle
+
 import pytest
 import torch
 from support.compare import figures
@@ -65,10 +67,12 @@ def test_other_shapes_compile_nothing_more_and_names_stay(tiny, graphs):
 
 @pytest.mark.parametrize("graphs", ["eager"], indirect=True)
 def test_losses_parts_and_gradients_of_every_method(make_run, tiny, tmp_path, ranks, graphs):
-    for kind in METHODS:
+    """Under ZeRO 0, 1 and 2 in turn."""
+    for kind, stage in zip(METHODS, cycle((0, 1, 2)), strict=False):
         (tmp_path / kind).mkdir()
         models = {"student": {"path": tiny("llama", **LAYERS)}}
-        run = load_run(make_run(tmp_path / kind, method={"kind": kind}, train={"global_batch_size": 4}, **models))
+        sections = {"train": {"global_batch_size": 4}, "engine": {"zero_stage": stage}}
+        run = load_run(make_run(tmp_path / kind, method={"kind": kind}, **sections, **models))
         training = assemble(run, ranks)
         assert not training.notes
         before = {name: p.detach().clone() for name, p in training.distiller.named_parameters()}
