@@ -17,7 +17,6 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     """The first cell of each names it."""
-    note: str = ""
 
 
 @dataclass(frozen=True)
