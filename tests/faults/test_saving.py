@@ -34,7 +34,7 @@ def run_file(make_run, tiny, tmp_path_factory):
         student={"path": tiny("llama", **shape)},
         data={"max_length": 32, "max_prompt_length": 16},
         method={"kind": "sft"},
-        train={"epochs": 4, "global_batch_size": 8, "micro_batch_size": 8},
+        train={"epochs": 4, "global_batch_size": 8, "micro_batch_size": 4},
         checkpoint={"every_steps": 2, "keep_last": 2},
     )
 

@@ -251,6 +251,20 @@ MUTANTS = (
         f"{NEXT_STEP}[0-fp32]",
     ),
     Mutant(
+        "a copy that is the weight itself",
+        "dskd/checkpoint/host_memory.py",
+        "return host.view(tensor.shape).copy_(tensor.detach())",
+        "return tensor.detach()",
+        "tests/checkpoint/test_host_memory.py",
+    ),
+    Mutant(
+        "a sum of other bytes than were written",
+        "dskd/rundir/files.py",
+        "hashed.update(block)",
+        "hashed.update(whole)",
+        "tests/checkpoint/test_tensor_file.py",
+    ),
+    Mutant(
         "the worst answers are the best",
         "dskd/rundir/train_state.py",
         "-(scores.rougel or 0.0)",
