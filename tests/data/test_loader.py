@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dskd.config.errors import UserError
 from dskd.data.alignment import aligner, token_bytes
 from dskd.data.batch import Batch, collate
+from dskd.data.budget import Budget
 from dskd.data.loader import Collator, Plan, Recent, Steps, evaluation_batches, load_steps, permutation
 from dskd.data.records import Record, read_records
 from dskd.data.tokenization import Limits, tokenize
@@ -151,6 +152,26 @@ def test_a_response_that_is_cut_off_is_aligned_with_the_same_part_of_the_other(t
         ends = [token_bytes(t, s.labels.tolist()) for t, s in ((teacher, batch.teacher), (student, batch.student))]
         reached = [len(b"".join(p[: i + 1])) for p, i in zip(ends, batch.pairs[-1].tolist(), strict=True)]
         assert abs(reached[0] - reached[1]) <= (1 if complete else max(map(len, ends[0] + ends[1])))
+
+
+def test_lengths_are_those_of_the_batch_and_known_from_then_on(collator):
+    batch = collator([3, 0, 7])
+    sides = (side.attention_mask.sum(1).tolist() for side in (batch.student, batch.teacher))
+    expected = list(zip(*sides, strict=True))
+    assert [collator.lengths(index) for index in (3, 0, 7)] == expected
+    collator.samples = Recent(size=1)
+    collator.tokenized = None
+    assert [collator.lengths(index) for index in (3, 0, 7)] == expected
+
+
+def test_ranks_share_the_micro_batches_of_tokens_of_a_global_batch(collator):
+    plan = Plan([len(r.prompt + r.outputs[0]) for r in RECORDS], 1, 12, 4, Budget(2 * 24, collator.lengths))
+    for step in range(3):
+        for ranks in (1, 2, 4):
+            parts = [plan.micro_batches(step, rank, ranks) for rank in range(ranks)]
+            assert len({len(part) for part in parts}) == 1
+            assert sorted(flat([own for part in parts for own in part])) == sorted(plan.global_batch(step))
+            assert all(collator(own).student.input_ids.numel() <= 2 * 24 for part in parts for own in part)
 
 
 def test_a_record_is_tokenized_once(collator):

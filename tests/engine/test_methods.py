@@ -85,7 +85,7 @@ def test_micro_batches_of_tokens_train_on_two_ranks_as_one_of_all_does_on_one(
     for step, found in enumerate(runs(f"{kind}-tokens", stage)[:2]):
         batches = [training.train(indices) for indices in training.plan.micro_batches(step, 0, 1)]
         expected = train_step(training, step + 1, batches)
-        assert found["padding"] < expected["padding"]
+        assert found["padding"] == 0 < expected["padding"]
         for name in ("loss", *training.distiller.method.weights):
             assert found[name] == pytest.approx(expected[name], rel=1e-5 if step == 0 else 1e-3)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4 if step == 0 else 1e-2)
