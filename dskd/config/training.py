@@ -106,7 +106,8 @@ class CheckpointConfig:
     best_by: Literal["loss", "rougel"] = "loss"
     """What makes a model better: lower dev loss, or higher dev ROUGE-L (needs eval.generate)."""
     every_steps: int | None = None
-    """Save the state, from which a run goes on, after every so many steps; the end of an epoch always counts."""
+    """Save the state, from which a run goes on, after every so many steps, or as soon as the last one is written; the
+    end of an epoch always counts."""
     every_minutes: float | None = 30.0
     """Save the state when so much time has passed since the last one; empty leaves it to every_steps."""
     keep_last: int = 1

@@ -24,8 +24,9 @@ STEPS, PER_EPOCH = 50, 5
 
 
 def sums(directory: Path) -> dict[str, str]:
-    """sha256 of the kept model's weights and of the state's."""
-    files = [*directory.glob("epoch*/*.safetensors"), *directory.glob("resume/step*/*.safetensors")]
+    """sha256 of the kept models' weights and of the newest state's; which steps older ones have depends on the disk."""
+    newest = directory / "resume" / (directory / "resume" / "LATEST").read_text().strip()
+    files = [*directory.glob("epoch*/*.safetensors"), *newest.glob("*.safetensors")]
     return {str(file.relative_to(directory)): sha256(file) for file in files}
 
 
