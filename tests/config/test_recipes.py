@@ -27,7 +27,7 @@ CONFIGS = {
 }
 JOBS = recipes_folder()
 PIPELINE = JOBS / "qwen/pipeline.yaml"
-RUNS = [file for file in sorted(JOBS.rglob("[!_]*.yaml")) if file != PIPELINE]
+RUNS = [file for file in sorted(JOBS.rglob("[!_]*.yaml")) if "stages" not in read_yaml(file)]
 NAMES = [str(file.relative_to(JOBS).with_suffix("")) for file in RUNS]
 PAPER = [name for name in NAMES if not name.startswith(("quickstart/", "qwen/"))]
 LARGE = [name for name in NAMES if name.startswith("qwen/")]
