@@ -414,4 +414,33 @@ MUTANTS = (
         "normalize(states, dim=0)",
         "tests/test_analyze.py::test_all_measures_are_those_of_numpy_where_the_vocabulary_is_one",
     ),
+    # Answers
+    Mutant(
+        "the same random numbers for all records",
+        "dskd/models/generate.py",
+        "Philox(key=[seed, prompt.index])",
+        "Philox(key=[seed, 0])",
+        "tests/models/test_generate.py::test_random_numbers_follow_from_seed_and_record_alone",
+    ),
+    Mutant(
+        "padding counted as tokens before a prompt",
+        "dskd/models/generate.py",
+        "(self.mask.cumsum(1) - 1)",
+        "(torch.ones_like(self.mask).cumsum(1) - 1)",
+        "tests/models/test_generate.py::test_answers_are_those_of_the_definition_whatever_else_is_in_the_batch",
+    ),
+    Mutant(
+        "a batch with a missing answer passed over",
+        "dskd/evaluation/answers.py",
+        "if not all(prompt.index in done",
+        "if not any(prompt.index in done",
+        "tests/evaluation/test_evaluate.py::test_damaged_lines_are_answered_again_with_all_of_their_batch",
+    ),
+    Mutant(
+        "a judge's key sent unencrypted",
+        "dskd/evaluation/judge.py",
+        'place.scheme == "http" and not',
+        'place.scheme == "ftp" and not',
+        "tests/evaluation/test_judge.py::test_a_key_goes_to_another_machine_encrypted_alone",
+    ),
 )
