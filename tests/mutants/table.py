@@ -443,4 +443,47 @@ MUTANTS = (
         'place.scheme == "ftp" and not',
         "tests/evaluation/test_judge.py::test_a_key_goes_to_another_machine_encrypted_alone",
     ),
+    # Data and students
+    Mutant(
+        "an answer that stands in its own prompt",
+        "dskd/data/sources.py",
+        "plain[:index]",
+        "plain[: index + 1]",
+        "tests/data/test_sources.py::test_each_turn_of_the_assistant_is_a_record",
+    ),
+    Mutant(
+        "leaks told by the letter alone",
+        "dskd/data/check.py",
+        ".casefold().encode()",
+        ".encode()",
+        "tests/data/test_check.py::test_prompts_that_differ_in_spaces_and_capitals_are_one",
+    ),
+    Mutant(
+        "test records drawn from the dev records",
+        "dskd/data/prepare.py",
+        "set(drawn[wanted.dev :])",
+        "set(drawn[: wanted.test])",
+        "tests/data/test_prepare.py::test_dolly_is_split_at_random_and_alike_for_one_seed",
+    ),
+    Mutant(
+        "layers refitted to their own outputs",
+        "dskd/students/refit.py",
+        "[index - 1 for index in [*layers[1:], model.config.num_hidden_layers]]",
+        "list(layers)",
+        "tests/students/test_students.py::test_refitted_layers_come_nearer_to_the_model",
+    ),
+    Mutant(
+        "embeddings of byte-fallback pieces that no text uses",
+        "dskd/students/vocabulary.py",
+        "key=lambda index: (index in fallback, index)",
+        "key=lambda index: index",
+        "tests/students/test_students.py::test_its_own_vocabulary_changes_nothing",
+    ),
+    Mutant(
+        "pickles loaded with their code",
+        "dskd/students/convert.py",
+        'torch.load(source / ADAPTER, map_location="cpu", weights_only=True)',
+        'torch.load(source / ADAPTER, map_location="cpu", weights_only=False)',
+        "tests/students/test_convert.py::test_no_code_of_a_pickled_adapter_runs",
+    ),
 )

@@ -105,6 +105,16 @@ def test_a_pickled_adapter(tiny, tmp_path):
     torch.testing.assert_close(found, expected)
 
 
+def test_no_code_of_a_pickled_adapter_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter_config.json").write_text("{}")
+    torch.save({"x": Payload()}, tmp_path / "old" / "adapter_model.bin")
+    with pytest.raises(UserError, match="does not load without running code of its own"):
+        convert(tmp_path / "old", tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("place", ["../other.bin", "/etc/passwd", 3])
 def test_an_index_that_leaves_its_folder(pickled, tmp_path, place):
     source = pickled("llama", 2)
