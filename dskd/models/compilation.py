@@ -3,9 +3,8 @@
 They are compiled where they are (`Module.compile`), so that names, hooks, states and saved models stay as they were.
 """
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +52,5 @@ def problem(device: torch.device) -> str | None:
 @contextmanager
 def as_written() -> Iterator[None]:
     """Inside, nothing is compiled: in generation each token would bring another shape."""
-    # Importing the compiler takes seconds: where nobody has, nothing is compiled.
-    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+    with torch.compiler.set_stance("force_eager"):
         yield
