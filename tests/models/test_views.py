@@ -187,7 +187,7 @@ def test_a_tokenizer_with_ids_beyond_the_embeddings_is_refused(tiny):
 
 
 def test_the_precisions_are_those_of_the_settings():
-    assert {"bf16": torch.bfloat16, "fp32": torch.float32} == DTYPES
+    assert {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": "auto"} == DTYPES
 
 
 PACKABLE = {"gpt2": {}, "llama": {}, "qwen2": {}, "mistral": {"sliding_window": 6}}
