@@ -2,7 +2,7 @@
 # The base must have the CUDA version that the torch of docker/requirements-torch.txt is built for (13.0), since DeepSpeed's
 # operators are compiled with it. On a base without nvcc they are left out and pip takes a torch by its own rules.
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
-# The same distribution without compilers.
+# The same distribution without CUDA's compiler.
 ARG RUNTIME_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 FROM ${BASE_IMAGE} AS packages
@@ -40,9 +40,11 @@ RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --no-cache-dir --whe
     && /opt/tools/bin/pip --python /opt/dskd/bin/python install --no-deps --no-index --no-cache-dir --root /install /wheel/*.whl
 
 FROM ${RUNTIME_IMAGE}
-# libibverbs: NCCL loads it where there is InfiniBand.
+# libibverbs: NCCL loads it where there is InfiniBand. gcc: Triton compiles its launcher, and torch.compile its own, with it
+# and Python's headers at first use; without them losses on a GPU take the slow way.
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
-    apt-get update && apt-get install --yes --no-install-recommends ibverbs-providers libibverbs1 python3 tini
+    apt-get update && apt-get install --yes --no-install-recommends \
+    gcc ibverbs-providers libc6-dev libibverbs1 python3 python3-dev tini
 COPY --from=packages /opt/dskd /opt/dskd
 COPY --from=wheel /install /
 COPY docker/entrypoint.py /opt/dskd/

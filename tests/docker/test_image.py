@@ -96,13 +96,23 @@ def test_labels_user_and_entry(engine, image):
 
 def test_nothing_of_the_build_is_left(engine, image):
     program = """
-    command -v gcc cc c++ nvcc pip git && exit 1
+    command -v c++ nvcc pip git && exit 1
     ls -d /opt/tools /opt/wheels /source /root/.cache /install && exit 1
     find / -xdev -name .git -o -name '*.whl' -o -name '*.deb' -o -path '/var/lib/apt/lists/*_*' | grep . && exit 1
     ls /opt/dskd/jobs/quickstart/sft.yaml /opt/dskd/sbom.cdx.json
     """
     done = engine("run", "--rm", "--network=none", "--user=0", image.name, "sh", "-c", program, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_what_triton_compiles_with_at_first_use_is_there(engine, image):
+    program = """
+    printf '#include <Python.h>\\nint launch(void) { return 0; }\\n' >/tmp/launch.c
+    headers=$(python -c 'import sysconfig; print(sysconfig.get_paths(scheme="posix_prefix")["include"])')
+    gcc -shared -fPIC "-I$headers" /tmp/launch.c -o /tmp/launch.so
+    """
+    done = engine("run", "--rm", "--network=none", image.name, "sh", "-ec", program, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_bill_of_materials_is_complete(engine, image):
