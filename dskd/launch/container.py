@@ -78,10 +78,11 @@ def engine_command(
 ) -> list[str]:
     """The whole command of docker or podman: `words` in a container that may do no more than the calling user."""
     places = {*(str(mount.target) for mount in mounts), *(option.partition(":")[0] for option in options)}
+    # exec: Triton keeps there what it compiles, and loads it.
     own_tmp = {"/tmp", "--tmpfs=/tmp"} & places
     return [
         *(engine, "run", "--rm", f"--user={os.getuid()}:{os.getgid()}", "--read-only", "--cap-drop=ALL"),
-        *("--security-opt=no-new-privileges", *([] if own_tmp else ["--tmpfs=/tmp"])),
+        *("--security-opt=no-new-privileges", *([] if own_tmp else ["--tmpfs=/tmp:exec"])),
         *(podman_options() if engine == "podman" else []),
         *(f"--mount={mount.flag}" for mount in mounts),
         *options,

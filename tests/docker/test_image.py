@@ -11,6 +11,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from dskd.launch.container import engine_command
+
 pytestmark = pytest.mark.image
 ROOT = Path(__file__).resolve().parents[2]
 USER = 1000
@@ -105,13 +107,15 @@ def test_nothing_of_the_build_is_left(engine, image):
     assert done.returncode == 0, done.stdout
 
 
-def test_what_triton_compiles_with_at_first_use_is_there(engine, image):
+def test_what_triton_compiles_with_at_first_use_is_there_and_loads(engine, image):
     program = """
     printf '#include <Python.h>\\nint launch(void) { return 0; }\\n' >/tmp/launch.c
     headers=$(python -c 'import sysconfig; print(sysconfig.get_paths(scheme="posix_prefix")["include"])')
     gcc -shared -fPIC "-I$headers" /tmp/launch.c -o /tmp/launch.so
+    python -c 'import ctypes; ctypes.CDLL("/tmp/launch.so")'
     """
-    done = engine("run", "--rm", "--network=none", image.name, "sh", "-ec", program, check=False)
+    _, *command = engine_command("docker", image.name, [], ["--network=none"], ["sh", "-ec", program])
+    done = engine(*command, check=False)
     assert done.returncode == 0, done.stderr
 
 
