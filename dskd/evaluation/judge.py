@@ -154,17 +154,23 @@ def asked(judge: Judge, questions: Sequence[Mapping[str, Any]], parallel: int) -
             failed.set()
             raise
 
+    error: Exception | None = None
     with ThreadPoolExecutor(parallel) as pool:
-        waited_for = [pool.submit(ask, question) for question in questions]
         try:
-            for done in as_completed(waited_for):
-                reply = done.result()
+            for done in as_completed([pool.submit(ask, question) for question in questions]):
+                try:
+                    reply = done.result()
+                except (UserError, OSError) as problem:  # what else was replied is kept before it is told
+                    error = error or problem
+                    continue
                 if reply is not None:
                     yield reply
-        except OSError as error:
-            raise UserError(f"--address: {judge.address}: {judge.without_key(str(error))}") from None
         finally:
             failed.set()
+    if isinstance(error, OSError):
+        raise UserError(f"--address: {judge.address}: {judge.without_key(str(error))}")
+    if error is not None:
+        raise error
 
 
 def summary(
