@@ -28,6 +28,9 @@ if find_spec("triton") is not None:
         import_module("dskd.losses.kernels.fused")
         import_module("triton.experimental.gluon")  # which Triton would import at the first launch
 
+# It sets up logging when it is imported, and closes what other libraries log to by then: what pytest captures.
+import_module("submitit")
+
 hf_logging.disable_progress_bar()
 settings.register_profile("untimed", deadline=None)  # machines are noisy
 settings.load_profile("untimed")
@@ -57,9 +60,14 @@ def make_run(tiny: Tiny) -> MakeRun:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[distributed.Ranks]:
-    """The process group of a run on one process, in this process."""
+    """The process group of a run on one process, in this process, which no command in a test takes for a rank.
+
+    A rank would end with its command, and the test with it.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in rank_environment(0, 1, free_port()).items():
             patch.setenv(name, value)
-        yield distributed.start()
+        started = distributed.start()
+        patch.delenv("RANK")
+        yield started
         distributed.stop()
