@@ -10,6 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from support.disks import disk_of
+from support.starts import finish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.launch.ranks import rank_environment
@@ -52,7 +53,7 @@ def by_stage(make_run, tmp_path_factory):
     found = {}
     for stage in range(4):
         settings = [f"engine.zero_stage={stage}", f"output.name=zero{stage}", "engine.persistence_threshold=0"]
-        dskd("train", run, *settings, processes=2)
+        finish(root / "log", "train", run, *settings, ranks=2)
         found[stage] = only(root, f"**/dskd_cma/zero{stage}")
     return found
 
