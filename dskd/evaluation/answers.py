@@ -16,21 +16,7 @@ from dskd.data.tokenization import Limits, Tokenizer
 from dskd.engine.distributed import Ranks
 from dskd.evaluation.scores import score
 from dskd.models.generate import Prompt, generate, make_prompt, token_batches
-
-
-@dataclass(frozen=True)
-class Answer:
-    index: int
-    """Index of the record."""
-    seed: int
-    prompt: str
-    answer: str
-    references: tuple[str, ...]
-    rougel: float
-    """Best F-measure over the references, times 100."""
-    exact_match: float
-    """100 where the answer equals a reference, else 0."""
-
+from dskd.rundir.evaluations import Answer
 
 WHOLE = Shard()
 Make = Callable[[int, str, bool], dict[str, Any]]

@@ -15,11 +15,12 @@ from dskd.data.records import Records, read_records
 from dskd.data.tokenization import Limits, check_tokenizer
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import progress_bar
-from dskd.evaluation.answers import Answer, Answering, mean_scores, scored_rounds
+from dskd.evaluation.answers import Answering, mean_scores, scored_rounds
 from dskd.evaluation.kept import add, begin, identity_of, read_finished, read_kept
 from dskd.evaluation.scores import summary
 from dskd.models.load import load_checkpoint, load_tokenizer
 from dskd.rundir.content import model_content, sum_of
+from dskd.rundir.evaluations import Answer
 from dskd.rundir.files import as_user_error, read_json, write_json, write_text
 from dskd.rundir.layout import ANSWERS, PARTIAL_ANSWERS, RESULTS
 

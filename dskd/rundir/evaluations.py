@@ -36,11 +36,15 @@ class Answer:
     """One line of answers.jsonl; what else the line holds is left out."""
 
     index: int
+    """Of the record."""
     seed: int
     prompt: str
     answer: str
     references: tuple[str, ...]
     rougel: float
+    """Best F-measure over the references, times 100."""
+    exact_match: float
+    """100 where the answer equals a reference, else 0."""
 
 
 def evaluations_in(*folders: Path) -> Iterator[Evaluation]:

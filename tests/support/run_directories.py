@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dskd.config.load import load_run, to_yaml
-from dskd.evaluation.answers import Answer, mean_scores
+from dskd.evaluation.answers import mean_scores
 from dskd.evaluation.scores import summary
+from dskd.rundir.evaluations import Answer
 from dskd.rundir.layout import ModelName, RunDirectory, evaluation_of
 
 
