@@ -1,10 +1,11 @@
 """Memory that a teacher takes of each of four ranks, sharded against resident: `python -m bench.teacher_sharded`.
 
 The teacher is a Qwen2 of random weights, 1.1 GB in bf16, of as many layers as the 72B one has, and with a head that is
-as large a part of it. All memory of a process counts above what it had before, at its peak, and so do pages mapped from
-the teacher's files: a resident teacher on a CPU consists of them.
+as large a part of it. A small student under ZeRO-3 trains in the same processes, a step after each of its. All
+memory of a process counts above what it had before the teacher, at its peak, and so do pages mapped from the teacher's
+files: a resident teacher on a CPU consists of them.
 
-`python -m bench.teacher_sharded MODEL BACKEND` is one of the ranks.
+`python -m bench.teacher_sharded MODEL BACKEND STUDENT.yaml` is one of the ranks.
 """
 
 import json
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.tiny import byte_level_tokenizer, tiny_config
+from support.tiny import Tiny, byte_level_tokenizer, tiny_config, write_run
 from transformers import AutoModelForCausalLM
 
 from bench.measure import one_thread, peak_bytes
+from dskd.assemble import Training, assemble
+from dskd.config.load import load_run
 from dskd.config.models import TeacherConfig
 from dskd.data.batch import Batch, collate
 from dskd.data.tokenization import Sample
@@ -27,6 +30,7 @@ from dskd.engine import distributed
 from dskd.launch.ranks import free_port, rank_environment
 from dskd.models.load import load_tokenizer
 from dskd.teachers.backends import load_teacher
+from dskd.train import train_step
 
 RANKS = 4
 SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 80}
@@ -45,20 +49,28 @@ def make_batches(rank: int) -> list[Batch]:
     return found
 
 
-def as_rank(model: Path, backend: str) -> dict[str, float]:
-    """Bytes at the peak of loading and of running, above those before loading."""
+def as_rank(model: Path, backend: str, run: Path) -> dict[str, float]:
+    """Bytes at the peak of loading and of running, above those of the student alone."""
     one_thread()
     ranks = distributed.start()
     tokenizer, batches = load_tokenizer(model, "teacher.path"), make_batches(ranks.rank)
+    student = assemble(load_run(run), ranks)
+    train_student(student, 1)
     before = resident_bytes()
-    teacher = load_teacher(TeacherConfig(model, backend=backend), tokenizer, "bf16", ranks)
+    teacher = load_teacher(student.run, TeacherConfig(model, backend=backend), tokenizer, ranks)
     loading = peak_bytes() - before
     resident_bytes()
-    for _ in range(STEPS):
+    for step in range(STEPS):
         list(teacher.states(batches))
+        train_student(student, step + 2)
     running = peak_bytes() - before
     distributed.stop()
     return {"loading_bytes": loading, "running_bytes": running}
+
+
+def train_student(training: Training, step: int) -> None:
+    indices = training.plan.micro_batches(step - 1, training.ranks.rank, training.ranks.world_size)
+    train_step(training, step, [training.train(own) for own in indices])
 
 
 def resident_bytes() -> int:
@@ -67,9 +79,9 @@ def resident_bytes() -> int:
     return peak_bytes()
 
 
-def largest(model: Path, backend: str) -> dict[str, float]:
+def largest(model: Path, backend: str, run: Path) -> dict[str, float]:
     """The figures of the rank with the highest, of ranks in processes of their own."""
-    port, command = free_port(), [sys.executable, "-m", "bench.teacher_sharded", str(model), backend]
+    port, command = free_port(), [sys.executable, "-m", "bench.teacher_sharded", str(model), backend, str(run)]
     ranks = [
         subprocess.Popen(command, env=os.environ | rank_environment(rank, RANKS, port), stdout=subprocess.PIPE)
         for rank in range(RANKS)
@@ -90,15 +102,17 @@ def make_model(folder: Path) -> Path:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as root:
-        model = make_model(Path(root))
-        resident, sharded = (largest(model, backend) for backend in ("resident", "sharded"))
+        model, folder = make_model(Path(root) / "teacher"), Path(root)
+        train, engine = {"global_batch_size": 8 * RANKS, "micro_batch_size": 8}, {"precision": "bf16", "zero_stage": 3}
+        run = write_run(Tiny(folder), folder, method={"kind": "sft"}, train=train, engine=engine)
+        resident, sharded = (largest(model, backend, run) for backend in ("resident", "sharded"))
     found = {f"resident_{name}": value for name, value in resident.items()}
     found |= {f"sharded_{name}": value for name, value in sharded.items()}
     print(json.dumps(found | {"share": max(sharded.values()) / max(resident.values())}))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print(json.dumps(as_rank(Path(sys.argv[1]), sys.argv[2])))
+    if len(sys.argv) == 4:
+        print(json.dumps(as_rank(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))))
     else:
         main()
