@@ -46,6 +46,12 @@ def until(condition, seconds: float) -> None:
         time.sleep(0.02)
 
 
+def listens(port: int) -> bool:
+    """Whether a process of this machine listens on a TCP port."""
+    lines = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
+    return any(line[1].endswith(f":{port:04X}") and line[3] == "0A" for line in lines)
+
+
 @pytest.mark.parametrize("after", [0.1, 0.4, 0.8, 1.2, 1.6, 2.0, 2.5, 3.0])
 def test_a_stop_during_the_start_of_two_ranks_is_never_lost(after, small_run, tmp_path):
     launcher = typed("train", small_run, f"output.root={tmp_path}", "launch.processes=2", "train.epochs=4000")
@@ -62,11 +68,13 @@ def test_a_stop_during_the_start_of_two_ranks_is_never_lost(after, small_run, tm
 @pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGINT])
 def test_a_rank_that_waits_for_another_in_vain_ends(number, small_run, tmp_path):
     """By its own limit, or when it is asked to stop, though it waits inside a library."""
-    alone = rank_environment(0, 2, free_port(), new_secret())
+    port = free_port()
+    alone = rank_environment(0, 2, port, new_secret())
     minutes = 0.1 if number is None else 30
     rank = typed("train", small_run, f"output.root={tmp_path}", f"train.start_minutes={minutes}", **alone)
     if number is not None:
-        time.sleep(8)  # imports are over by now
+        until(lambda: listens(port), 120)  # for the other rank, which never comes
+        time.sleep(0.5)
         rank.send_signal(number)
     told, _ = rank.communicate(timeout=60)
     assert rank.returncode == 75, told
