@@ -144,7 +144,7 @@ def test_a_full_disk(small_run, whole, disk, tmp_path):
     command = ["train", small_run, f"output.root={disk}"]
     directory = disk / whole.relative_to(whole.parents[2])
     start = Start(tmp_path / "log", *command)
-    start.until(lambda: steps(directory) >= 4)
+    start.until(lambda: (directory / "resume" / "LATEST").exists())  # written while training goes on
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as out, contextlib.suppress(OSError):
         while True:

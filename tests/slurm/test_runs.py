@@ -58,7 +58,7 @@ def runs(slurm, profile, make_run, tmp_path_factory):
     (preempted,) = submit(run, "--cluster", two_nodes, "output.name=preempted")
     long = ["method.kind=sft", "launch.nodes=1", "train.micro_batch_size=1", "checkpoint.every_steps=5"]
     (killed,) = submit(run, "--cluster", others, *long, "train.epochs=20", "eval.every_epochs=20", "output.name=killed")
-    node = kill_a_node(slurm, wait_for(killed, "running", step=11).nodes)  # the state of step 10 is whole then
+    node = kill_a_node(slurm, wait_for(killed, "running", state_step=10).nodes)
     wait_for(preempted, "running", step=3)
     ranks = rank_environments(preempted)
     command = ["sbatch", "--partition=high", "--nodelist=node[1-2]", "--nodes=2", "--exclusive", "--time=5"]

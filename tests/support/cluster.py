@@ -36,12 +36,15 @@ def submit(*arguments: object) -> list[Path]:
     return [Path(line.split(": ", 1)[1]) for line in dskd("submit", *arguments).splitlines()]
 
 
-def wait_for(directory: Path, *states: str, step: int = 0, timeout: float = 300) -> Status:
-    """Wait until a run is in one of `states` and has made `step` steps."""
+def wait_for(directory: Path, *states: str, step: int = 0, state_step: int = 0, timeout: float = 300) -> Status:
+    """Wait until a run is in one of `states`, has made `step` steps, and its state of `state_step` is whole.
+
+    A state is whole some steps after its own: it is written while training goes on.
+    """
     deadline = time.monotonic() + timeout
     while True:
         (status,) = statuses([directory])
-        if status.state in states and status.step >= step:
+        if status.state in states and status.step >= step and status.state_step >= state_step:
             return status
         wrong = status.state in ("failed", "cancelled", "gone") or time.monotonic() > deadline
         assert not wrong, f"{status}\n{everything_said(directory)}"
