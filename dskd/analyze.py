@@ -26,7 +26,7 @@ from dskd.config.run import check_checkpoint, check_length, check_model_folder
 from dskd.data.alignment import aligner
 from dskd.data.batch import Batch
 from dskd.data.loader import Collator
-from dskd.data.records import check_records, read_records
+from dskd.data.sources import check_source, read_source
 from dskd.data.tokenization import Limits, check_tokenizer
 from dskd.losses.distances import Tempered
 from dskd.losses.streaming import StreamedLogits
@@ -82,7 +82,7 @@ def task_of(
 
 def check(task: Task) -> None:
     """Raise `UserError` for what can be told before a model is loaded."""
-    check_records(task.data)
+    check_source(task.data)
     check_model_folder("teacher.path", task.teacher.path)
     for key, model in (("MODEL", task.after), ("student.path", task.before), ("teacher.path", task.teacher.path)):
         if model is not None:
@@ -102,7 +102,7 @@ def analyze(task: Task, precision: str, device: torch.device, progress: Progress
     for key, tokenizer in ((str(task.after), student_tokenizer), ("teacher.path", teacher_tokenizer)):
         check_tokenizer(tokenizer, task.limits, key)
     aligned = student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab()
-    records = read_records(task.data)[: task.records]
+    records = read_source(task.data, lambda: student_tokenizer)[: task.records]
     align = aligner("exact", teacher_tokenizer, student_tokenizer) if aligned else None
     collate = Collator(records, student_tokenizer, teacher_tokenizer if aligned else None, task.limits, align)
     teacher = load_resident(task.teacher, teacher_tokenizer, precision, device).view

@@ -132,14 +132,14 @@ def start_evaluation(
     output: Path | None,
 ) -> None:
     """`dskd evaluate`, on as many ranks as asked for, or as the one rank that this process is."""
-    from dskd.data.records import check_records
+    from dskd.data.sources import check_source
     from dskd.rundir.read import model_of
 
     model = model_of(find_model(model))
     folders = [output or evaluation_of(model, name) for name, _ in files]
     check_checkpoint(model)
     for (_, data), folder in zip(files, folders, strict=True):
-        check_records(data)
+        check_source(data)
         check_folder("--output", folder)
     check_length("--max-length", settings.max_length, model)
     if "RANK" not in os.environ:
@@ -181,12 +181,12 @@ def start_harness(model: Path, suite: str, precision: str, batch_size: int) -> N
 
 def start_generation(asked: "Generation", shard: Shard, processes: int | None) -> None:
     """`dskd generate`, on as many ranks as asked for, or as the one rank that this process is."""
-    from dskd.data.records import check_records
+    from dskd.data.sources import check_source
     from dskd.rundir.read import model_of
 
     asked = replace(asked, model=model_of(find_model(asked.model)))
     check_checkpoint(asked.model)
-    check_records(asked.data)
+    check_source(asked.data)
     check_folder("--out", asked.out.parent)
     check_length("--max-length", asked.settings.max_length, asked.model)
     if asked.engine == "vllm" and processes not in (None, 1):

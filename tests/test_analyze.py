@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from support.forms import as_file, chatting, conversations
+from support.tiny import write_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dskd.analyze import Task, analyze, structure_distances
+from dskd.analyze import Task, analyze, check, structure_distances
 from dskd.cli import main
 from dskd.config.errors import UserError
 from dskd.config.load import load_run
@@ -72,6 +74,19 @@ def test_all_measures_are_those_of_numpy_where_the_vocabulary_is_one(tiny, recor
     assert [m.low for m in measures] == pytest.approx(np.quantile(expected, 0.25, 0).tolist(), rel=1e-3)
     assert (found.records, found.tokens, found.aligned) == (4, tokens, False)
     assert [m.mean for m in found.before.measures().values()] == pytest.approx([0] * 4, abs=1e-5)  # itself
+
+
+def test_conversations_are_compared_as_their_lines(tiny, tmp_path):
+    chats, plain = conversations(3)
+    student = chatting(tiny, "llama", tmp_path)
+    files = as_file(tmp_path, "json", chats), write_records(tmp_path / "plain.jsonl", plain)
+    found = []
+    for file in files:
+        task = Task(TeacherConfig(tiny("mistral")), student, None, file, LIMITS, 4)
+        check(task)
+        found.append(analyze(task, "fp32", CPU, lambda *_: None))
+    assert found[0].after == found[1].after
+    assert (found[0].records, found[0].tokens) == (3, found[1].tokens)
 
 
 def test_a_structure_does_not_see_turns_of_the_space_and_knows_other_widths():

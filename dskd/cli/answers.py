@@ -28,7 +28,7 @@ def evaluate(
             metavar="MODEL", help="A folder that `dskd train` wrote, or any other model; of a run its best one."
         ),
     ],
-    data: Annotated[Path | None, typer.Option(help="Records to answer, jsonl.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Records to answer, in any form of data.train.")] = None,
     suite: Annotated[
         str | None, typer.Option(help="A suite instead: paper, its sets in --data-root, or lm-eval:TASK,TASK.")
     ] = None,
@@ -100,7 +100,7 @@ def evaluate(
 
 def generate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model's folder; of a run directory its best one.")],
-    data: Annotated[Path, typer.Option(help="Records whose prompts are answered, jsonl.")],
+    data: Annotated[Path, typer.Option(help="Records whose prompts are answered, in any form of data.train.")],
     out: Annotated[Path, typer.Option(help="The file of new records, jsonl; its card goes beside it.")],
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Of N tasks that may run at a time, the share of task I, from 0.")

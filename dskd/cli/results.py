@@ -38,7 +38,9 @@ def analyze(
         Path, typer.Argument(metavar="RUN_DIR|MODEL", help="A run, whose best model is compared, or any model.")
     ],
     teacher: Annotated[Path | None, typer.Option(help="The model to compare with; empty: the run's teacher.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Records, jsonl; empty: the run's data.dev.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Records, in any form of data.train; empty: the run's data.dev.")
+    ] = None,
     records: Annotated[int, typer.Option(min=1, help="The first so many of them.")] = 200,
     lengths: Annotated[
         tuple[int, int] | None,

@@ -20,11 +20,11 @@ def student(
     ] = None,
     records: Annotated[
         Path | None,
-        typer.Option(help="Records, jsonl: what they use most stays, and layers are refitted to what was left out."),
+        typer.Option(help="Records: what they use most stays, and layers are refitted to what was left out."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=256, help="How many of their tokens are read.")] = 8192,
     dev: Annotated[
-        Path | None, typer.Option(help="Records, jsonl, on which losses are told: model, student, a random one.")
+        Path | None, typer.Option(help="Records on which losses are told: of model, student, and a random one.")
     ] = None,
 ) -> None:
     """Make a smaller student of a model: fewer layers, less width, another vocabulary, what it knows kept.

@@ -1,15 +1,16 @@
 """Records in other forms than lines of prompt and output: such lines are made of them once, which all else reads.
 
-Parquet, CSV, JSON arrays, and conversations, which the student's chat template turns into prompts.
+Parquet, CSV, JSON arrays, and conversations, which a model's chat template turns into prompts.
 """
 
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dskd.config.data import form_of
@@ -17,10 +18,12 @@ from dskd.config.errors import UserError, one_line, shown
 from dskd.data.records import (
     LOOKED_AT,
     Record,
+    Records,
     check_records,
     json_line,
     objects,
     opened,
+    read_records,
     record_of,
     told,
 )
@@ -48,10 +51,31 @@ def lines_of(file: Path, tokenizer: "Tokenizer", folder: Path) -> Path:
     if not made.is_file():
         with as_user_error(made, "data.cache_dir"):
             folder.mkdir(parents=True, exist_ok=True)
-            with written(made) as temporary, temporary.open("w", encoding="utf-8") as out:
-                for where, row in rows(file):
-                    out.writelines(json_line(record) for record in records_of(row, tokenizer, where))
+            write_lines(file, tokenizer, made)
     return made
+
+
+def read_source(file: Path, tokenizer: "Callable[[], Tokenizer]") -> Records:
+    """The records of a file in any form, without a run and its cache: lines that are made of it end with the process.
+
+    Args:
+        tokenizer: asked for where the file is in another form than lines; of the model that reads the records.
+
+    Raises:
+        UserError: as `read_records` does, and for a conversation that the template does not take.
+    """
+    if is_plain(file):
+        return read_records(file)
+    with as_user_error(file, "TMPDIR"), TemporaryDirectory(prefix="dskd-") as folder:
+        made = Path(folder) / "records.jsonl"
+        write_lines(file, tokenizer(), made)
+        return read_records(made)  # which stays open when its name is gone
+
+
+def write_lines(file: Path, tokenizer: "Tokenizer", made: Path) -> None:
+    with written(made) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for where, row in rows(file):
+            out.writelines(json_line(record) for record in records_of(row, tokenizer, where))
 
 
 def check_source(file: Path) -> None:
@@ -165,7 +189,7 @@ def conversation(messages: Any, tokenizer: "Tokenizer", where: str) -> Iterator[
     """
     check_messages(messages, where)
     if tokenizer.chat_template is None:
-        raise UserError(f"{where}: is a conversation, and the tokenizer of student.path has no chat template for it")
+        raise UserError(f"{where}: is a conversation, and {tokenizer.name_or_path} has no chat template for it")
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     for index, message in enumerate(plain):
         if message["role"] == "assistant":
@@ -178,7 +202,7 @@ def rendered(tokenizer: "Tokenizer", messages: list[dict[str, str]], where: str)
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what it likes
         problem = one_line(str(error), 200)
-        raise UserError(f"{where}: the chat template of student.path does not take it: {problem}") from None
+        raise UserError(f"{where}: the chat template of {tokenizer.name_or_path} does not take it: {problem}") from None
     return text
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import cattrs
 
 from dskd.config.training import GenerationConfig
-from dskd.data.records import Records, read_records
-from dskd.data.tokenization import Limits, check_tokenizer
+from dskd.data.records import Records
+from dskd.data.sources import read_source
+from dskd.data.tokenization import Limits, Tokenizer, check_tokenizer
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import progress_bar
 from dskd.evaluation.answers import Answering, mean_scores, scored_rounds
@@ -58,12 +59,16 @@ class Evaluation:
     ranks: Ranks
 
     @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.asked.checkpoint, str(self.asked.checkpoint))
+
+    @cached_property
     def answering(self) -> Answering:
         asked, key = self.asked, str(self.asked.checkpoint)
-        tokenizer = load_tokenizer(asked.checkpoint, key)
-        check_tokenizer(tokenizer, Limits(asked.settings.max_length, asked.settings.max_prompt_length, asked.bos), key)
+        limits = Limits(asked.settings.max_length, asked.settings.max_prompt_length, asked.bos)
+        check_tokenizer(self.tokenizer, limits, key)
         model = load_checkpoint(asked.checkpoint, asked.precision, self.ranks.device)
-        return Answering(model, tokenizer, asked.settings, self.ranks, asked.bos)
+        return Answering(model, self.tokenizer, asked.settings, self.ranks, asked.bos)
 
     def evaluate(self, data: Path, output: Path) -> dict[str, Any]:
         """Answer a file of records once with each seed, and score; write answers.jsonl and results.json to `output`.
@@ -71,7 +76,7 @@ class Evaluation:
         What is in `output`, or below it of a single seed, and was asked alike is not answered again. Returns what
         results.json holds.
         """
-        records, asked = read_records(data), self.asked
+        records, asked = read_source(data, lambda: self.tokenizer), self.asked
         identity = self.ranks.together(lambda: asked.identity(data))[0]
         found = self.known(records, output, identity)
         if any(len(found[seed]) < len(records) for seed in asked.used_seeds):

@@ -9,8 +9,9 @@ from typing import Any
 import cattrs
 
 from dskd.config.errors import UserError
-from dskd.data.records import Records, read_records
+from dskd.data.records import Records
 from dskd.data.shard import Shard
+from dskd.data.sources import read_source
 from dskd.data.tokenization import Limits, check_tokenizer
 from dskd.engine.distributed import Ranks
 from dskd.engine.metrics import progress_bar
@@ -43,7 +44,7 @@ def generate_records(asked: Generation, shard: Shard, ranks: Ranks) -> str:
     identity = ranks.together(asked.identity)[0]
     if ranks.together(lambda: ranks.is_main and is_finished(asked, identity))[0]:
         return f"{asked.out}: is complete already"
-    records = read_records(asked.data)
+    records = read_source(asked.data, lambda: load_tokenizer(asked.model, str(asked.model)))
     done = ranks.together(lambda: list(found_in(asked, identity)) if ranks.is_main else [])[0]
     for made in rounds_of(asked, records, shard, set(done), ranks):
         if ranks.is_main:

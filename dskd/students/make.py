@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from dskd.config.errors import UserError
 from dskd.config.hub import find_model
 from dskd.config.run import check_folder, check_model_folder, require_folder
-from dskd.data.records import Record, Records, read_records
+from dskd.data.records import Record, Records
+from dskd.data.sources import read_source
 from dskd.data.tokenization import Limits, Tokenizer, check_tokenizer, tokenize
 from dskd.models.load import load_causal_lm, load_tokenizer
 from dskd.rundir.files import as_user_error, published, refuse_filled
@@ -57,9 +58,9 @@ def make_student(
     """Write a student of `shape` to `folder`: whole or not at all.
 
     Args:
-        records: jsonl; what is used most is chosen, and layers are refitted, on their first `tokens` tokens.
+        records: in any form; what is used most is chosen, and layers are refitted, on their first `tokens` tokens.
         tokenizer: a folder whose vocabulary the student gets.
-        dev: jsonl, to measure losses on; nothing is learned from them.
+        dev: records to measure losses on; nothing is learned from them.
 
     Raises:
         UserError: for a model that cannot be made smaller so, and a folder that holds something.
@@ -67,12 +68,14 @@ def make_student(
     refuse_filled(folder)
     if shape.narrower and records is None:
         raise UserError("--records: is needed with --width, --heads and --mlp, to choose what is used most")
-    dev_records = None if dev is None else read_records(dev)
     own_tokenizer = load_tokenizer(model_folder, "MODEL")
+    dev_records, learned = (
+        None if file is None else read_source(file, lambda: own_tokenizer) for file in (dev, records)
+    )
     new_tokenizer = own_tokenizer if tokenizer is None else load_tokenizer(tokenizer, "--tokenizer")
     for each, key in ((own_tokenizer, "MODEL"), (new_tokenizer, "--tokenizer")):
         check_tokenizer(each, LIMITS, key)
-    rows = [] if records is None else list(islice(token_rows(own_tokenizer, read_records(records)), -(-tokens // ROW)))
+    rows = [] if learned is None else list(islice(token_rows(own_tokenizer, learned), -(-tokens // ROW)))
     model = load_causal_lm(model_folder, "MODEL", "auto", False).eval()
     _, all_layers = layers_of(model)
     layers = evenly(len(all_layers), shape.layers or len(all_layers))

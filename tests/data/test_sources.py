@@ -1,28 +1,18 @@
 """Records in any form become the same lines, once; conversations as the student's template renders them."""
 
-import csv
 import json
+import tempfile
 
 import pytest
+from support.forms import CHAT, as_file, said
 from support.tiny import varied_records, write_records
 
 from dskd.assemble import assemble
 from dskd.config.errors import UserError
 from dskd.config.load import load_run
 from dskd.data.records import Record, read_records
-from dskd.data.sources import check_source, lines_of
+from dskd.data.sources import check_source, lines_of, read_source
 from dskd.plan.workload import workload_of
-
-CHAT = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def said(*texts: str) -> dict[str, object]:
-    roles = ["system", *["user", "assistant"] * len(texts)]
-    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
-
 
 CONVERSATION = said("Be kind.", "Where is Lima?", "In Peru.", "And Paris?", "In France.")
 TURNS = [
@@ -37,7 +27,7 @@ TURNS = [
 @pytest.fixture
 def tokenizer(tiny):
     made = tiny.tokenizer("pieces")
-    made.chat_template = CHAT
+    made.chat_template, made.name_or_path = CHAT, "/models/student"
     return made
 
 
@@ -48,23 +38,6 @@ def read(tmp_path, tokenizer):
         return list(read_records(lines_of(file, tokenizer, tmp_path / "cache")))
 
     return read_file
-
-
-def as_file(folder, form, values):
-    file = folder / f"r.{form}"
-    if form == "json":
-        file.write_text("\n " + json.dumps(values, indent=1), encoding="utf-8")
-    elif form == "jsonl":
-        write_records(file, values)
-    elif form == "csv":
-        with file.open("w", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, list(values[0]))
-            writer.writeheader()
-            writer.writerows(values)
-    else:
-        pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs it")
-        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(values), file)
-    return file
 
 
 @pytest.mark.parametrize("form", ["json", "csv", "parquet", "jsonl"])
@@ -128,14 +101,35 @@ def test_a_conversation_that_is_none(tmp_path, read, messages, problem):
 
 def test_a_template_runs_in_a_sandbox(tmp_path, read, tokenizer):
     tokenizer.chat_template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
-    with pytest.raises(UserError, match=r"the chat template of student\.path does not take it"):
+    with pytest.raises(UserError, match=r"the chat template of /models/student does not take it"):
         read(write_records(tmp_path / "r.jsonl", [CONVERSATION]))
 
 
 def test_a_tokenizer_without_a_template(tmp_path, read, tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"r\.jsonl:1: .* the tokenizer of student\.path has no chat template"):
+    with pytest.raises(UserError, match=r"r\.jsonl:1: .* /models/student has no chat template"):
         read(write_records(tmp_path / "r.jsonl", [CONVERSATION]))
+
+
+@pytest.mark.parametrize("form", ["json", "parquet", "jsonl"])
+def test_without_a_run_what_was_made_is_read_and_nothing_stays(tmp_path, monkeypatch, tokenizer, form):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    records = read_source(as_file(tmp_path, form, [CONVERSATION] * 3), lambda: tokenizer)
+    assert list(records) == TURNS * 3
+    assert records[-1] == TURNS[1]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_lines_of_prompts_need_no_tokenizer(tmp_path):
+    file = write_records(tmp_path / "r.jsonl", varied_records(3))
+    assert list(read_source(file, lambda: pytest.fail("no tokenizer is needed"))) == list(read_records(file))
+
+
+def test_where_no_lines_can_be_made(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"TMPDIR: cannot write .*none.*: No such file or directory"):
+        read_source(write_records(tmp_path / "r.jsonl", [CONVERSATION]), lambda: tokenizer)
 
 
 def test_a_run_on_another_form_has_the_batches_of_its_lines(make_run, tmp_path, ranks):

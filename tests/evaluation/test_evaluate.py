@@ -6,6 +6,7 @@ import signal
 import statistics
 
 import pytest
+from support.forms import as_file, chatting, conversations
 from support.starts import Start, end_all, finish
 from support.tiny import varied_records, write_records
 
@@ -93,6 +94,19 @@ def finished(ask, tmp_path_factory):
 @pytest.fixture
 def again(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "again")
+
+
+@pytest.mark.parametrize("form", ["csv", "chat"])
+def test_records_of_any_form_are_answered_alike(tiny, ranks, tmp_path, form):
+    chats, plain = conversations(4)
+    data = as_file(tmp_path, "jsonl", chats) if form == "chat" else as_file(tmp_path, "csv", plain)
+    lines = write_records(tmp_path / "plain.jsonl", plain)
+    settings = GenerationConfig(max_length=40, max_prompt_length=30, batch_size=2)
+    asked = Asked(chatting(tiny, "llama", tmp_path), (1,), settings, "fp32")
+    for file in (data, lines):
+        assert Evaluation(asked, ranks).evaluate(file, tmp_path / f"to-{file.stem}")["records"] == 4
+    answers = [(tmp_path / f"to-{file.stem}" / "answers.jsonl").read_bytes() for file in (data, lines)]
+    assert answers[0] == answers[1]
 
 
 def test_what_is_complete_is_not_answered_again(ask, again):

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from support.forms import as_file, chatting, conversations
 from support.tiny import varied_records, write_records
 
 from dskd.config.errors import UserError
@@ -59,6 +60,18 @@ def test_shares_make_the_same_file_whoever_is_last(asked, whole, ranks, tmp_path
     generate_records(own, Shard(1, 3), ranks)
     assert own.out.read_bytes() == whole
     assert own.parts == []
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "parquet"])
+def test_conversations_are_asked_as_the_template_of_the_model_renders_them(asked, tiny, tmp_path, ranks, form):
+    chats, plain = conversations(4)
+    own = replace(asked, model=chatting(tiny, "llama", tmp_path), data=as_file(tmp_path, form, chats))
+    same = replace(own, data=write_records(tmp_path / "plain.jsonl", plain), out=tmp_path / "plain-out.jsonl")
+    own = replace(own, out=tmp_path / "out.jsonl")
+    for each in (own, same):
+        generate_records(each, Shard(), ranks)
+    assert own.out.read_bytes() == same.out.read_bytes()
+    assert [record.prompt for record in read_records(own.out)] == [record["prompt"] for record in plain]
 
 
 def test_after_a_stop_only_what_is_missing_is_answered(asked, whole, ranks, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support.forms import as_file, chatting, conversations
 from support.tiny import varied_records, write_records
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
@@ -224,6 +225,16 @@ def test_a_student_is_written_whole_with_its_tokenizer(tiny, jsonl, tmp_path):
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny.tokenizer("bytes").get_vocab()
     with pytest.raises(UserError, match="is there already"):
         make_student(source, folder, Shape(3))
+
+
+def test_a_student_learns_from_conversations_what_it_learns_from_their_lines(tiny, tmp_path):
+    chats, plain = conversations(20)
+    source = chatting(tiny, "llama", tmp_path, num_hidden_layers=5)
+    files = as_file(tmp_path, "json", chats), write_records(tmp_path / "plain.jsonl", plain)
+    losses = [make_student(source, tmp_path / file.stem, Shape(3, mlp=40), file, dev=file).losses for file in files]
+    assert losses[0][:2] == losses[1][:2]
+    weights = [load(tmp_path / file.stem).state_dict() for file in files]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 @pytest.mark.parametrize(
