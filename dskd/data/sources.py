@@ -169,7 +169,9 @@ def parquet_rows(file: Path) -> Iterator[Row]:
             found = (row for batch in batches for row in batch.to_pylist())
             for number, value in enumerate(found):
                 yield f"{file}: record {number}", value
-        except import_module("pyarrow").ArrowException as error:
+        except Exception as error:  # Arrow's own, Python's for what no text or date is, and OSError without a number
+            if isinstance(error, OSError) and error.strerror:
+                raise
             raise UserError(f"{file}: is no Parquet that can be read: {one_line(str(error), 200)}") from None
 
 
@@ -201,7 +203,7 @@ def rendered(tokenizer: "Tokenizer", messages: list[dict[str, str]], where: str)
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what it likes
-        problem = one_line(str(error), 200)
+        problem = one_line(str(error) or type(error).__name__, 200)
         raise UserError(f"{where}: the chat template of {tokenizer.name_or_path} does not take it: {problem}") from None
     return text
 

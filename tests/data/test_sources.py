@@ -105,6 +105,25 @@ def test_a_template_runs_in_a_sandbox(tmp_path, read, tokenizer):
         read(write_records(tmp_path / "r.jsonl", [CONVERSATION]))
 
 
+def test_a_template_that_wants_more_memory_than_there_is(tmp_path, read, tokenizer):
+    tokenizer.chat_template = "{{ 'x' * 10 ** 18 }}"
+    with pytest.raises(UserError, match=r"the chat template of /models/student does not take it: MemoryError$"):
+        read(write_records(tmp_path / "r.jsonl", [CONVERSATION]))
+
+
+@pytest.mark.parametrize("damage", [b"Lim\xff", b"PAR1"])
+def test_a_damaged_parquet_file_is_told_in_one_line(tmp_path, read, damage):
+    """Text that is none, which pyarrow hands to Python as it is, and a file without its end."""
+    arrow, parquet = (pytest.importorskip(name, reason="Parquet needs it") for name in ("pyarrow", "pyarrow.parquet"))
+    table = arrow.Table.from_pylist([{"prompt": "Lima", "output": "a"}])
+    parquet.write_table(table, tmp_path / "r.parquet", compression="none")
+    content = (tmp_path / "r.parquet").read_bytes()
+    (tmp_path / "r.parquet").write_bytes(content.replace(b"Lima", damage) if damage[-1] == 255 else content[:-4])
+    with pytest.raises(UserError, match=r"r\.parquet: is no Parquet that can be read: .+") as error:
+        read(tmp_path / "r.parquet")
+    assert str(error.value).isprintable()
+
+
 def test_a_tokenizer_without_a_template(tmp_path, read, tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"r\.jsonl:1: .* /models/student has no chat template"):

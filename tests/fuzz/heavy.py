@@ -28,6 +28,7 @@ from dskd.teachers.cache.ends import read_ends, tensors_of, write_ends
 from dskd.teachers.cache.folder import CacheFolder
 from dskd.teachers.cache.pieces import damage, open_piece, write_piece
 from dskd.teachers.cache.precision import encode
+from fuzz.forms import form_targets
 from fuzz.mutations import Mutate, of_bytes, of_json, of_safetensors
 from fuzz.run import Target
 
@@ -89,6 +90,7 @@ def heavy_targets(folder: Path) -> list[Target]:
         target("teacher cache: states", piece, of_safetensors, lambda: damage(open_piece(piece))),
         target("teacher cache: ends", cache.ends, of_safetensors, lambda: read_ends(cache.ends, torch.float32)),
         target("vocabulary map", maps, of_arrays, lambda: load(maps, HASHES), ValueError),
+        *form_targets(folder),
     ]
 
 
