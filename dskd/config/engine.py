@@ -21,7 +21,8 @@ class EngineConfig:
     compile: Literal["auto", "off"] = "auto"
     """Compile the decoder layers of student and teacher: on a GPU, where that works. The first step takes longer."""
     loss_memory_mb: int = 384
-    """Memory for vocabulary-sized temporaries of the loss on each rank; it decides how many tokens run at a time."""
+    """Memory for vocabulary-sized temporaries of the loss on each rank; it decides how many tokens run at a time, and
+    whether the gradient of the student's head is summed over them in fp32: where that fits into as much again."""
 
     def __post_init__(self) -> None:
         require(

@@ -40,22 +40,24 @@ class DskdCma(DualSpace[DskdCmaConfig]):
         Queries are the student's embeddings of a token and the next, keys the teacher's (equations 8 to 11).
         """
         student_index = torch.cat([self.student.embed(student.inputs), self.student.embed(student.labels)], -1)
-        states = self.teacher_states(teacher)
-        deviations = [deviation(each) for each in states] if self.deviations is None else self.deviations
-        hidden, following, index = (each / by.to(each.dtype) for each, by in zip(states, deviations, strict=True))
-        teacher_value = hidden + following
-
-        query = self.query(student_index).float() / math.sqrt(index.shape[-1])
-        key = index.float()
+        key, teacher_value = self.keys_and_values(teacher)
+        query = self.query(student_index).float() / math.sqrt(key.shape[-1])
         to_student, to_teacher = self.t2s(teacher_value).float(), self.s2t(student.hidden).float()
         t2s, s2t = [], []
         by_student = (torch.split(each, list(student.lengths)) for each in (query, to_teacher))
         by_teacher = (torch.split(each, list(teacher.lengths)) for each in (key, to_student))
         for q, v_student, k, v_teacher in zip(*by_student, *by_teacher, strict=True):
             scores = q @ k.T
-            t2s.append(scores.softmax(-1) @ v_teacher)
-            s2t.append(scores.T.softmax(-1) @ v_student)
-        return torch.cat(t2s).to(student.hidden.dtype), torch.cat(s2t).to(student.hidden.dtype)
+            t2s.append((scores.softmax(-1) @ v_teacher).to(student.hidden.dtype))
+            s2t.append((scores.T.softmax(-1) @ v_student).to(student.hidden.dtype))
+        return torch.cat(t2s), torch.cat(s2t)
+
+    def keys_and_values(self, teacher: Tokens) -> tuple[Tensor, Tensor]:
+        """Of the teacher's tokens: fp32 keys [N_t, 2D], and values [N_t, D]."""
+        states = self.teacher_states(teacher)
+        deviations = [deviation(each) for each in states] if self.deviations is None else self.deviations
+        hidden, following, index = (each / by.to(each.dtype) for each, by in zip(states, deviations, strict=True))
+        return index.float(), hidden + following
 
     def teacher_states(self, teacher: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """What is divided by its deviation: hidden states, embeddings of next tokens, and of tokens and the next."""

@@ -143,7 +143,7 @@ def cross_product(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Te
     total = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=right.device)
     for a, b in zip(torch.split(left_rows, ROWS), torch.split(right_rows, ROWS), strict=True):
         one, other = left[a.to(left.device)].to(right.device), right[b.to(right.device)]
-        if not (total.is_cuda and dtype == torch.float32 and one.dtype == other.dtype):
+        if not (total.device.type != "cpu" and dtype == torch.float32 and one.dtype == other.dtype):
             one, other = one.to(dtype), other.to(dtype)
         add_product(total, one.T, other)  # bf16 as it is where the sum is in fp32 all the same
     return total

@@ -62,7 +62,7 @@ class DualSpace(Method[D]):
         With `held` [V] bool, only tokens where the teacher predicts one of these count.
         """
         head = self.teacher.head()
-        streamed, target = StreamedLogits(s2t_hidden, head), StreamedLogits(teacher_hidden, head)
+        streamed, target = StreamedLogits(s2t_hidden, head, overwrite=True), StreamedLogits(teacher_hidden, head)
         total, correct = torch.zeros(2, device=labels.device)
         predictions = None if held is None else torch.empty_like(labels)
         kernels = kernels_for(head.weight, self.s2t_distance)
@@ -82,25 +82,10 @@ class DualSpace(Method[D]):
     ) -> LossOutput:
         """All parts together; `counts` are the tokens that each is over."""
         head, projected = self.student.head(), len(t2s.labels)
-        response = Response(student, head, self.settings.label_smoothing, t2s.tokens)
-        streamed = response.streamed
-        target = StreamedLogits(t2s.hidden, head)  # the head takes no gradient from the projected states
-        t2s_ce, t2s_kd, t2s_correct = torch.zeros(3, device=response.labels.device)
-        kernels = kernels_for(head.weight, self.distance)
-        for rows, (own, other) in stream(range(projected), self.memory_mb, kernels, streamed, target):
-            wanted = replace(response.terms(rows, self.distance), predictions=True, teacher_labels=t2s.labels[rows])
-            found = kernels.measure(own, other, wanted)
-            response.count_in(found)
-            right = found.predictions.eq(t2s.labels[rows]).float()
-            t2s_correct += right.sum()
-            learn = right if self.masked else torch.ones_like(right)
-            t2s_kd += found.distance @ learn
-            t2s_ce += found.teacher_ce.sum()
-            found.write(Scales(scales["ce"], scales["t2s_kd"], learn, scales["t2s_ce"]))
-        for rows, (own,) in stream(range(projected, response.count), self.memory_mb, kernels, streamed):
-            found = kernels.measure(own, None, response.terms(rows))
-            response.count_in(found)
-            found.write(Scales(scales["ce"]))
+        response = Response(student, head, self.settings.label_smoothing, self.memory_mb, t2s.tokens)
+        target = StreamedLogits(t2s.hidden, head, overwrite=True)  # the head takes no gradient from projected states
+        t2s_ce, t2s_kd, t2s_correct = self.learn_projected(response, target, t2s.labels, scales)
+        response.learn_alone(range(projected, response.count), scales["ce"])
         sums = {"ce": response.ce, "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t.value}
         parts = {name: Sum(value, counts[name]) for name, value in sums.items()}
         metrics = {
@@ -108,5 +93,27 @@ class DualSpace(Method[D]):
             "t2s_accuracy": Sum(t2s_correct, projected),
             "s2t_accuracy": Sum(s2t.correct, len(s2t.streamed.hidden)),
         }
-        gradients = streamed.gradients() + target.gradients() + s2t.streamed.gradients(scales["s2t_kd"])
+        gradients = response.streamed.gradients() + target.gradients() + s2t.streamed.gradients(scales["s2t_kd"])
         return finish(parts, scales, gradients, metrics)
+
+    def learn_projected(
+        self, response: Response, target: StreamedLogits, labels: Tensor, scales: Mapping[str, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the first tokens of the response with the projected teacher's beside them.
+
+        Returns sums: cross-entropy of the projected teacher, distance from it, and tokens that it predicts right.
+        """
+        ce, kd, correct = torch.zeros(3, device=labels.device)
+        streamed = response.streamed
+        kernels = kernels_for(streamed.weight, self.distance)
+        for rows, (own, other) in stream(range(len(labels)), self.memory_mb, kernels, streamed, target):
+            wanted = replace(response.terms(rows, self.distance), predictions=True, teacher_labels=labels[rows])
+            found = kernels.measure(own, other, wanted)
+            response.count_in(found)
+            right = found.predictions.eq(labels[rows]).float()
+            correct += right.sum()
+            learn = right if self.masked else torch.ones_like(right)
+            kd += found.distance @ learn
+            ce += found.teacher_ce.sum()
+            found.write(Scales(scales["ce"], scales["t2s_kd"], learn, scales["t2s_ce"]))
+        return ce, kd, correct

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dskd.config.methods import TeacherMethodConfig
 from dskd.losses.distances import Distance
-from dskd.losses.kernels import Found, Scales, kernels_for
+from dskd.losses.kernels import Scales, kernels_for
 from dskd.losses.method import Method, finish
 from dskd.losses.response import Response, alignment_metrics
 from dskd.losses.streaming import StreamedLogits, stream
@@ -44,22 +44,23 @@ class LogitMethod(Method[L]):
         first, target_hidden, metrics = None, teacher.hidden, {}
         if pairs is not None:
             first, target_hidden, metrics = pairs[:, 1], teacher.hidden[pairs[:, 0]], alignment_metrics(pairs, student)
-        response = Response(student, self.student.head(), self.settings.label_smoothing, first)
+        response = Response(student, self.student.head(), self.settings.label_smoothing, self.memory_mb, first)
         streamed, target = response.streamed, StreamedLogits(target_hidden, self.teacher.head())
         scales = scale_parts(dict.fromkeys(self.weights, response.count))
         kernels = kernels_for(streamed.weight, self.distance, self.distance_alone)
         kd = torch.zeros((), device=response.labels.device)
 
-        def take(found: Found, distance: Distance | None) -> None:
-            response.count_in(found)
-            if distance is not None:
-                kd.add_(found.distance.sum())
-            found.write(Scales(scales["ce"], scales["kd"]))
+        def take(tokens: range, distance: Distance | None, *streams: StreamedLogits) -> None:
+            # A function, so that its last block is let go before other blocks, or the head's gradient, are made.
+            for rows, (own, *other) in stream(tokens, self.memory_mb, kernels, *streams):
+                found = kernels.measure(own, other[0] if other else None, response.terms(rows, distance))
+                response.count_in(found)
+                if distance is not None:
+                    kd.add_(found.distance.sum())
+                found.write(Scales(scales["ce"], scales["kd"]))
 
         aligned = len(target_hidden)
-        for rows, (own, other) in stream(range(aligned), self.memory_mb, kernels, streamed, target):
-            take(kernels.measure(own, other, response.terms(rows, self.distance)), self.distance)
-        for rows, (own,) in stream(range(aligned, response.count), self.memory_mb, kernels, streamed):
-            take(kernels.measure(own, None, response.terms(rows, self.distance_alone)), self.distance_alone)
+        take(range(aligned), self.distance, streamed, target)
+        take(range(aligned, response.count), self.distance_alone, streamed)
         parts = {"ce": response.part, "kd": Sum(kd, response.count)}
         return finish(parts, scales, streamed.gradients(), {"accuracy": response.accuracy} | metrics)

@@ -1,10 +1,8 @@
 """Cross-entropy on the response: supervised fine-tuning, and the dev loss of every method."""
 
 from dskd.config.methods import SftConfig
-from dskd.losses.kernels import Scales, kernels_for
 from dskd.losses.method import Method, finish
 from dskd.losses.response import Response
-from dskd.losses.streaming import stream
 from dskd.losses.tensors import LossOutput, MethodContext, ScaleParts, Tokens
 
 
@@ -16,11 +14,8 @@ class Sft(Method[SftConfig]):
         self.weights = {"ce": 1.0}
 
     def forward(self, student: Tokens, teacher: Tokens | None, scale_parts: ScaleParts) -> LossOutput:
-        response = Response(student, self.student.head(), self.settings.label_smoothing)
-        streamed, scales = response.streamed, scale_parts({"ce": response.count})
-        kernels = kernels_for(streamed.weight)
-        for rows, (own,) in stream(range(response.count), self.memory_mb, kernels, streamed):
-            found = kernels.measure(own, None, response.terms(rows))
-            response.count_in(found)
-            found.write(Scales(scales["ce"]))
-        return finish({"ce": response.part}, scales, streamed.gradients(), {"accuracy": response.accuracy})
+        response = Response(student, self.student.head(), self.settings.label_smoothing, self.memory_mb)
+        scales = scale_parts({"ce": response.count})
+        response.learn_alone(range(response.count), scales["ce"])
+        gradients = response.streamed.gradients()
+        return finish({"ce": response.part}, scales, gradients, {"accuracy": response.accuracy})

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from dskd.plan.forecast import Correction, Forecast
 from dskd.plan.machine import Machine, these_gpus, this_machine
-from dskd.plan.memory import highest, process
+from dskd.plan.memory import activations, highest, process
 from dskd.plan.time import steps_seconds
 from dskd.plan.workload import Workload
 
@@ -66,5 +66,5 @@ def correct(forecast: Forecast, found: Measured) -> tuple[str, Correction]:
     )
     share = 1.0
     if tensors.activations:
-        share = max(LEAST, 1 + (found.peak - predicted) / tensors.activations)
+        share = max(LEAST, 1 + (found.peak - predicted) / activations(same.step))
     return line, Correction(activations=share, hours=found.seconds / seconds)

@@ -20,10 +20,10 @@ LIVE = 1_000_000_000
 """Weights that ZeRO-3 keeps whole between uses (stage3_max_live_parameters)."""
 PREFETCH = 50_000_000
 """Weights that ZeRO-3 gathers at a time (stage3_prefetch_bucket_size)."""
-CHUNK_TOKENS, BLOCK_NUMBERS = 512, {True: 2**25, False: 2**19}
-"""Of `losses/streaming.py`; a block on a GPU and on a CPU."""
-BLOCK_COPIES = 6
-"""Tensors of a block's size while a distance and its gradient are computed."""
+CHUNK_TOKENS = {True: 4096, False: 512}
+"""Tokens of a chunk of the loss at most, on a GPU and on a CPU."""
+BLOCK_NUMBERS, BLOCK_COPIES = 2**19, 6
+"""Of a block on a CPU, and how many tensors are as large while a distance and its gradient are computed."""
 TEACHER_TOKENS = 2**14
 """Tokens that go through a layer of a sharded teacher together."""
 PROCESS, PROCESS_ZERO = {True: 1200 * MB, False: 60 * MB}, {True: 0, False: 48 * MB}
@@ -210,16 +210,20 @@ def activations(step: Step) -> int:
 
 def loss_passes(step: Step) -> Iterator[int]:
     """Bytes of the loss in each of its passes over the response tokens; see `losses/streaming.py`."""
-    head, size = step.student.head_weights if step.trains_student else 0, step.size
-    trained_head = FP32 * head  # summed in fp32
+    head, room = step.student.head_weights if step.trains_student else 0, step.engine.loss_memory_mb * MB
+    widened = step.is_bf16 and FP32 * head <= room  # the head's gradient, while it is summed
+    summed = head * (FP32 if widened else step.size)
+    logit = step.size if step.on_gpu else FP32
     for widths in step.method.streams:
-        chunk = max(1, min(step.responses, CHUNK_TOKENS, step.engine.loss_memory_mb * MB // (FP32 * sum(widths))))
-        buffers = FP32 * chunk * sum(widths)
-        cast = size * chunk * max(widths) if step.is_bf16 else 0
-        block = BLOCK_COPIES * FP32 * min(BLOCK_NUMBERS[step.on_gpu], chunk * max(widths))
-        # In bf16 a chunk's gradient of the head is made in bf16, and on a CPU widened before it is added.
-        product = (head * size + (0 if step.on_gpu else head * FP32)) if step.is_bf16 else 0
-        yield trained_head + buffers + max(block, cast + product)
+        chunk = max(1, min(step.responses, CHUNK_TOKENS[step.on_gpu], room // (logit * sum(widths))))
+        buffers = logit * chunk * sum(widths)
+        if step.on_gpu:
+            beside = step.size * chunk * step.method.beside
+            yield summed + max(buffers + beside, head * step.size if widened else 0)
+        else:
+            cast = step.size * chunk * max(widths) if step.is_bf16 else 0
+            product = head * (step.size + FP32) if widened else 0  # of a chunk, widened before it is added
+            yield summed + buffers + max(BLOCK_COPIES * FP32 * min(BLOCK_NUMBERS, chunk * max(widths)), cast + product)
 
 
 def teacher_held(step: Step) -> int:

@@ -190,7 +190,7 @@ def test_a_method_is_added_from_outside(make_run, tmp_path, ranks, monkeypatch):
         def forward(self, student, teacher, scale_parts):
             count, total = len(student.labels), torch.zeros(())
             scales = scale_parts({"ce": count})
-            streamed = StreamedLogits(student.hidden, self.student.head(), grad_head=True)
+            streamed = StreamedLogits(student.hidden, self.student.head(), head_memory_mb=self.memory_mb)
             kernels = kernels_for(streamed.weight)
             for rows, (own,) in stream(range(count), self.memory_mb, kernels, streamed):
                 found = kernels.measure(own, None, Terms(student.labels[rows]))

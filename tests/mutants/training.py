@@ -147,6 +147,13 @@ TRAINING = (
         f"{STREAMING}::test_streamed_is_dense[sft]",
     ),
     Mutant(
+        "a large head's gradient summed in fp32",
+        "dskd/losses/streaming.py",
+        "return torch.float32 if weight.numel()",
+        "return torch.float32 if True or weight.numel()",
+        "tests/losses/test_memory.py",
+    ),
+    Mutant(
         "labels in another order than their states",
         "dskd/losses/response.py",
         "hidden, self.labels = hidden[order], self.labels[order]",
