@@ -49,7 +49,7 @@ class Batch:
     """Indices of the records, for messages."""
     student: Side
     teacher: Side
-    pairs: Tensor | None = None  # [M, 2] int64, aligned response tokens: (of the teacher, of the student), each flat
+    pairs: Tensor | None = None  # [M, 2] int64, response tokens aligned one to one: (teacher's, student's), each flat
     states: Tensor | None = None  # [N, D] hidden states of the teacher's response tokens, where they are stored
 
     def to(self, device: torch.device) -> "Batch":
@@ -69,9 +69,10 @@ class Batch:
 def flat_pairs(
     pairs: Sequence[IntArray], samples: Sequence[tuple[Sample, Sample]], teacher: Side, student: Side
 ) -> Tensor:
-    """Aligned pairs of each sample's responses -> pairs of the micro-batch's response tokens, [M, 2].
+    """Aligned pairs of each sample's responses -> one-to-one pairs of the micro-batch's response tokens, [M, 2].
 
-    Tokens that a `Side` leaves out, since nothing predicts them, have no pair.
+    Tokens that a `Side` leaves out, since nothing predicts them, have no pair. Chosen here and not by the methods: on a
+    GPU its host would wait for how many there are.
     """
     found, starts = [torch.empty((0, 2), dtype=torch.int64)], torch.zeros(2, dtype=torch.int64)
     for own, (student_sample, teacher_sample), *lengths in zip(
@@ -82,7 +83,13 @@ def flat_pairs(
         shifted = torch.from_numpy(own) - skipped
         found.append(shifted[(shifted >= 0).all(1)] + starts)
         starts = starts + kept
-    return torch.cat(found)
+    return one_to_one(torch.cat(found))
+
+
+def one_to_one(pairs: Tensor) -> Tensor:
+    """The pairs of `pairs` [M, 2] both of whose tokens are in no other."""
+    alone = [(side.bincount() == 1)[side] for side in pairs.unbind(-1)]
+    return pairs[alone[0] & alone[1]]
 
 
 def collate(samples: Sequence[Sample], pad_id: int = 0, packed: bool = False) -> Side:

@@ -36,6 +36,7 @@ class DskdV2(DualSpace[DskdV2Config]):
 
     counts_itself = True
     student_ids: Tensor  # [V], the student's token of each of the teacher's, or -1
+    held: Tensor  # [H], the teacher's tokens that the student has
 
     def __init__(self, settings: DskdV2Config, context: MethodContext) -> None:
         super().__init__(settings, context)
@@ -44,6 +45,7 @@ class DskdV2(DualSpace[DskdV2Config]):
             held = torch.arange(min(self.student.vocab_size, self.teacher.vocab_size))
         padding = (0, self.teacher.vocab_size - len(held))  # a head may be wider than its tokenizer
         self.register_buffer("student_ids", torch.nn.functional.pad(held, padding, value=-1), persistent=False)
+        self.register_buffer("held", self.student_ids.ge(0).nonzero().squeeze(-1), persistent=False)
         self.masked = settings.agreement_mask
         self.s2t_distance = self.distance  # the first paper's is always forward KL
         d, wide = self.student.hidden_size, self.teacher.hidden_size
@@ -61,9 +63,8 @@ class DskdV2(DualSpace[DskdV2Config]):
 
     def shared(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Both heads' weights, and their rows for the tokens that both vocabularies hold."""
-        held = self.student_ids.ge(0).nonzero().squeeze(-1)
         student, teacher = self.student.head().weight.detach(), self.teacher.head().weight.detach()
-        return (student, self.student_ids[held]), (teacher, held)
+        return (student, self.student_ids[self.held]), (teacher, self.held)
 
     def start_step(self) -> None:
         self.s2t_weight = None
@@ -90,8 +91,8 @@ class DskdV2(DualSpace[DskdV2Config]):
         own = student.hidden if at.tokens is None else student.hidden[at.tokens]
         s2t = self.teacher_space(self.to_teacher(own), at.teacher, at.labels, self.student_ids >= 0)
         assert s2t.predictions is not None
-        t2s = self.projected(at, s2t.predictions)
-        counts = {"ce": len(student.labels)} | self.counts(t2s)
+        t2s, own_counts = self.projected(at, s2t.predictions)
+        counts = {"ce": len(student.labels)} | own_counts
         output = self.student_space(student, t2s, counts, scale_parts(counts), s2t)
         if teacher.pairs is not None:
             output.metrics.update(alignment_metrics(teacher.pairs, student))
@@ -103,29 +104,32 @@ class DskdV2(DualSpace[DskdV2Config]):
         from_teacher, tokens = teacher.pairs.unbind(-1)
         return Aligned(teacher.hidden[from_teacher], teacher.labels[from_teacher], tokens)
 
-    def projected(self, at: Aligned, predictions: Tensor) -> Projected:
-        """The teacher in the student's space, where the student has the token that the teacher predicts."""
-        labels = self.student_ids[predictions]
-        kept = labels.ge(0).nonzero().squeeze(-1)
-        if at.tokens is None and len(kept) == len(labels):
-            return Projected(self.to_student(at.teacher), labels)
-        return Projected(
-            self.to_student(at.teacher[kept]), labels[kept], kept if at.tokens is None else at.tokens[kept]
-        )
+    def projected(self, at: Aligned, predictions: Tensor) -> tuple[Projected, dict[str, int]]:
+        """The teacher in the student's space, where the student has the token that the teacher predicts.
 
-    def counts(self, t2s: Projected) -> dict[str, int]:
-        """Tokens of each part beside ce: all of `t2s`, or those where the projected teacher and the teacher agree."""
-        count = len(t2s.labels)
-        return {"t2s_ce": count, "t2s_kd": self.agreeing(t2s) if self.masked else count, "s2t_kd": count}
+        Beside it the tokens of each part but ce: all of these, or those where the projected teacher agrees.
+        """
+        labels, hidden = self.student_ids[predictions], self.to_student(at.teacher)
+        lacking = labels < 0
+        agreeing = self.agreeing(hidden, labels) if self.masked else labels.new_zeros(())
+        # What a GPU's host waits for, at once: sizes of tensors follow from it.
+        lacked, agreed = torch.stack([lacking.sum(), agreeing]).tolist()
+        count = len(labels) - lacked
+        counts = {"t2s_ce": count, "t2s_kd": agreed if self.masked else count, "s2t_kd": count}
+        if at.tokens is None and not lacked:
+            return Projected(hidden, labels), counts
+        kept = lacking.to(torch.int8).argsort(stable=True)[:count]  # in their order, without a search for them
+        tokens = kept if at.tokens is None else at.tokens[kept]
+        return Projected(hidden.index_select(0, kept), labels[kept], tokens), counts
 
-    def agreeing(self, t2s: Projected) -> int:
-        """How many tokens the projected teacher predicts as the teacher does."""
-        streamed = StreamedLogits(t2s.hidden.detach(), self.student.head())
-        found = torch.zeros((), dtype=torch.int64, device=t2s.labels.device)
+    def agreeing(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """How many of `labels` [K] the projected teacher [K, d] predicts as the teacher does; no one predicts -1."""
+        streamed = StreamedLogits(hidden.detach(), self.student.head())
+        found = torch.zeros((), dtype=torch.int64, device=labels.device)
         kernels = kernels_for(streamed.weight)
-        for rows, (projected,) in stream(range(len(t2s.labels)), self.memory_mb, kernels, streamed):
-            found += kernels.predictions(projected).eq(t2s.labels[rows]).sum()
-        return int(found)
+        for rows, (projected,) in stream(range(len(labels)), self.memory_mb, kernels, streamed):
+            found += kernels.predictions(projected).eq(labels[rows]).sum()
+        return found
 
     @torch.no_grad()
     def count_ahead(self, teacher: Tokens) -> dict[str, int]:
@@ -135,7 +139,7 @@ class DskdV2(DualSpace[DskdV2Config]):
         kernels = kernels_for(streamed.weight)
         for rows, (own,) in stream(range(len(at.labels)), self.memory_mb, kernels, streamed):
             predictions[rows] = kernels.predictions(own)
-        return self.counts(self.projected(at, predictions))
+        return self.projected(at, predictions)[1]
 
 
 def cross_product(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,8 +46,5 @@ class Mined(LogitMethod[MinedConfig]):
         return self.carried
 
     def aligned(self, student: Tokens, teacher: Tokens) -> Tensor | None:
-        """The one-to-one pairs of the path."""
-        if teacher.pairs is None:
-            return None
-        alone = [(side.bincount() == 1)[side] for side in teacher.pairs.unbind(-1)]
-        return teacher.pairs[alone[0] & alone[1]]
+        """The one-to-one pairs of the path, which are all that a micro-batch has."""
+        return teacher.pairs

@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
     inputs: Tensor  # [N], the token at that place
     labels: Tensor  # [N], the token to predict
     lengths: tuple[int, ...]  # tokens of each sample; their sum is N
-    pairs: Tensor | None = None  # [M, 2] the teacher's only: (token here, token of the student) that are aligned
+    pairs: Tensor | None = None  # [M, 2] the teacher's only: (token here, token of the student), aligned one to one
 
 
 class Model(Protocol):

@@ -126,11 +126,11 @@ TRAINING = (
         f"{GOLDEN}::test_uld",
     ),
     Mutant(
-        "mined with tokens that have several partners",
-        "dskd/losses/mined.py",
-        "teacher.pairs[alone[0] & alone[1]]",
-        "teacher.pairs[alone[1]]",
-        f"{STREAMING}::test_streamed_is_dense[mined]",
+        "pairs of tokens that have several partners",
+        "dskd/data/batch.py",
+        "pairs[alone[0] & alone[1]]",
+        "pairs[alone[1]]",
+        "tests/data/test_loader.py",
     ),
     Mutant(
         "dskd_v2 masked whatever is asked for",

@@ -21,16 +21,12 @@ def tokens(lengths, vocabulary, width, dtype=torch.float32):
     return Tokens(torch.randn(count, width).to(dtype).requires_grad_(), ids[0], ids[1], tuple(lengths))
 
 
-def random_pairs(own, other, one_to_one):
-    """Aligned tokens, some samples without any."""
+def random_pairs(own, other):
+    """Tokens aligned one to one, some samples without any."""
     pairs, starts = [], [0, 0]
     for a, b in zip(other.lengths, own.lengths, strict=True):
-        if one_to_one:
-            count = int(torch.randint(min(a, b) + 1, ()))
-            left, right = (torch.randperm(n)[:count].sort().values for n in (a, b))
-        else:  # a path over all tokens of both, as time warping gives it
-            count = max(a, b) if min(a, b) else 0
-            left, right = (torch.arange(count).clamp_max(max(n - 1, 0)) for n in (a, b))
+        count = int(torch.randint(min(a, b) + 1, ()))
+        left, right = (torch.randperm(n)[:count].sort().values for n in (a, b))
         pairs.append(torch.stack([left + starts[0], right + starts[1]], 1))
         starts = [starts[0] + a, starts[1] + b]
     return torch.cat(pairs)
@@ -53,7 +49,7 @@ def case(kind, lengths, other_lengths, vocabularies, head=None, dtype=torch.floa
     if kind in ("mined", "dskd_v2_eta"):
         student_ids = torch.randint(-1, vocabularies[0], (vocabularies[1],))
         student_ids[0] = 0
-        other = other._replace(pairs=random_pairs(own, other, kind == "dskd_v2_eta"))
+        other = other._replace(pairs=random_pairs(own, other))
     known = {f.name for f in dataclasses.fields(MethodConfig.kinds[kind])}
     config = MethodConfig.kinds[kind](**{k: v for k, v in chosen.items() if k in known})
     method = METHODS[kind](config, MethodContext(student, teacher, 1, student_ids)).to(dtype)

@@ -81,11 +81,10 @@ def mined(method, logits, teacher_logits, own, other):
     target_of_source = method.targets.repeat_interleave(method.runs)
     q = torch.zeros(len(q), logits.shape[-1]).index_add(1, target_of_source, q[:, method.sources])
     total = torch.zeros(())
-    pairs = other.pairs.tolist()
+    partner = {s: t for t, s in other.pairs.tolist()}
     for token in range(len(own.labels)):
-        partners = [t for t, s in pairs if s == token]
-        if len(partners) == 1 and sum(t == partners[0] for t, _ in pairs) == 1:
-            teacher = q[partners[0]][method.targets].log() * temperature
+        if token in partner:
+            teacher = q[partner[token]][method.targets].log() * temperature
             total = total + distance(settings, logits[token, method.targets][None], teacher[None]).sum()
         else:
             total = total + cross_entropy(logits[token] / settings.temperature, own.labels[token])
