@@ -1,4 +1,4 @@
-"""A pipeline: stages that train, evaluate, run a teacher, make a student or report, by each other's names."""
+"""A pipeline: stages that train, run a teacher, let it write, evaluate, compare, make a student or report, by name."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -10,18 +10,21 @@ from dskd.config.launch import MOST_HOURS
 from dskd.config.models import ModelPath
 from dskd.config.names import unknown
 from dskd.config.suites import NamedFile, named_files, suite_files
-from dskd.config.training import GenerationConfig
+from dskd.config.training import Engine, GenerationConfig
 
-TRAINING = ("settings", "teacher", "student")
-EVALUATION = ("data", "suite", "data_root", "seeds", "together", "generation", "bos", "precision", "processes")
-UNUSED = {
-    "run": (*EVALUATION, "hours", "parallel", "shards", "runs"),
-    "cache": (*EVALUATION, "hours", "train_seeds", "runs"),
-    "evaluate": (*TRAINING, "shards", "train_seeds", "runs"),
-    "make": (*TRAINING, *EVALUATION, "parallel", "shards", "train_seeds", "runs"),
-    "report": (*TRAINING, *EVALUATION, "parallel", "shards", "train_seeds"),
+MODELS = ("settings", "teacher", "student")
+ARRAY = ("hours", "parallel")
+ANSWERS = ("generation", "bos", "precision", "processes", *ARRAY)
+USED = {
+    "run": (*MODELS, "train_seeds"),
+    "cache": (*MODELS, "shards", "parallel"),
+    "generate": ("teacher", "shards", *ANSWERS),
+    "evaluate": ("data", "suite", "data_root", "seeds", "together", *ANSWERS),
+    "analyze": ("records", "precision", *ARRAY),
+    "make": ("hours",),
+    "report": ("runs", "hours"),
 }
-"""Kinds of stages, and the keys that mean nothing to each."""
+"""Kinds of stages, and the keys that mean something to each, beside `after`."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,27 @@ class MakeConfig:
 
 
 @dataclass(frozen=True)
+class GenerateConfig:
+    """What `dskd generate` is given, by the same names."""
+
+    data: Path
+    """Records whose prompts are answered, in any form of data.train."""
+    out: Path
+    """The file of new records; one that is there is not made again."""
+    model: ModelPath | None = None
+    """A model's folder, or the name org/model of one in the local hub cache; empty: the best model of stage teacher."""
+    seed: int = 10
+    """Of sampling."""
+    whole: bool = False
+    """Leave out answers that generation.max_length cuts."""
+    engine: Engine = "dskd"
+    """What answers."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed <= LAST_SEED, "seed", f"must be from 0 to {LAST_SEED}, got {self.seed}")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     run: str | None = None
     """Run file of a stage that trains, relative to the pipeline file."""
@@ -71,7 +95,9 @@ class StageConfig:
     cache: str | None = None
     """Run file whose teacher is run once, for teacher.backend=cache, instead of run."""
     shards: int = 1
-    """So many jobs divide the records of a cache."""
+    """So many jobs divide the records of a cache, or the prompts that are answered."""
+    generate: GenerateConfig | None = None
+    """Records that a model writes, its answers to prompts, instead of run."""
     evaluate: str | None = None
     """Stage whose best model is evaluated, instead of run."""
     data: tuple[str, ...] = ()
@@ -89,27 +115,32 @@ class StageConfig:
     bos: bool = False
     """Put the tokenizer's BOS token before the prompt."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of the weights of the evaluated model."""
+    """Type of the weights of the model that answers, or of those that are compared."""
     processes: int | None = None
-    """Processes of one evaluation; empty means one, or without Slurm one for each GPU."""
+    """Processes that answer in one job; empty means one, or without Slurm one for each GPU."""
     options: tuple[str, ...] = ()
     """Of older pipeline files; generation, bos, precision and processes took its place."""
+    analyze: str | None = None
+    """Stage whose best models are compared with their teacher, instead of run."""
+    records: int = 200
+    """The first so many of data.dev are compared."""
     make: MakeConfig | None = None
     """A student to make, instead of run."""
     report: Path | None = None
     """Page of a report to write at each call, instead of run; Markdown is written beside it."""
     runs: tuple[str, ...] = ()
-    """Stages whose trainings a report is about; empty: all that train. It waits for them and for their evaluations."""
+    """Stages whose trainings a report is about; empty: all that train. It waits for them, for their
+    evaluations and analyses."""
     hours: float | None = None
-    """Time limit of an evaluation, of a student's making or a report; empty takes the cluster profile's."""
+    """Time limit of a job; empty takes the cluster profile's. Of a training it stands in the run file."""
     parallel: int | None = None
-    """So many evaluations or shards at a time at most; empty: no limit."""
+    """So many jobs of a stage at a time at most; empty: no limit."""
     after: tuple[str, ...] = ()
     """Further stages that must be finished before."""
 
     def __post_init__(self) -> None:
-        kinds = [kind for kind in UNUSED if getattr(self, kind) is not None]
-        require(len(kinds) == 1, "run", f"either {', '.join(list(UNUSED)[:-1])} or {list(UNUSED)[-1]} is expected")
+        kinds = [kind for kind in USED if getattr(self, kind) is not None]
+        require(len(kinds) == 1, "run", f"either {', '.join(list(USED)[:-1])} or {list(USED)[-1]} is expected")
         evaluates = bool(self.data) or self.suite is not None
         require(
             self.evaluate is None or evaluates, "data", "is missing; an evaluation needs files of records, or a suite"
@@ -123,10 +154,14 @@ class StageConfig:
             "are settings now: generation (greedy, temperature, top_p, max_length, max_prompt_length, batch_size), "
             "bos, precision and processes",
         )
-        (kind,), defaults = kinds, {field.name: field.default for field in fields(self)}
-        for name in UNUSED[kind]:
-            require(getattr(self, name) == defaults[name], name, f"has no effect beside {kind}")
-        for name in ("processes", "hours", "parallel", "shards"):
+        (kind,) = kinds
+        for field in fields(self):
+            used = field.name in (kind, "after", *USED[kind])
+            require(used or getattr(self, field.name) == field.default, field.name, f"has no effect beside {kind}")
+        if self.generate is not None:
+            one = (self.generate.model is None) != (self.teacher is None)
+            require(one, "generate.model", "either it or teacher, the stage whose best model answers, is expected")
+        for name in ("processes", "hours", "parallel", "shards", "records"):
             value = getattr(self, name)
             require(value is None or value > 0, name, f"must be above 0, got {value}")
         require_at_most(self, 1024, "processes", "shards")
@@ -146,7 +181,8 @@ class StageConfig:
     @property
     def needs(self) -> tuple[str, ...]:
         """Names of the stages that its own keys name, which must be finished before it."""
-        return tuple(dict.fromkeys(n for n in (self.teacher, self.student, self.evaluate, *self.after) if n))
+        named = (self.teacher, self.student, self.evaluate, self.analyze, *self.after)
+        return tuple(dict.fromkeys(name for name in named if name))
 
 
 @dataclass(frozen=True)
@@ -170,7 +206,7 @@ class PipelineConfig:
                     raise UserError(f"stages.{name}: {model} trains no model and makes none")
                 if len(other.train_seeds) > 1:
                     raise UserError(f"stages.{name}: {model} trains several models (train_seeds), and one is expected")
-            for model in filter(None, (stage.evaluate, *stage.runs)):
+            for model in filter(None, (stage.evaluate, stage.analyze, *stage.runs)):
                 if self.stages[model].run is None:
                     raise UserError(f"stages.{name}: {model} trains no model")
         list(self.ordered())
@@ -185,7 +221,7 @@ class PipelineConfig:
         if stage.report is None:
             return stage.needs
         runs = self.reported(stage)
-        scores = [other for other, each in self.stages.items() if each.evaluate in runs]
+        scores = [other for other, each in self.stages.items() if each.evaluate in runs or each.analyze in runs]
         return tuple(dict.fromkeys([*runs, *scores, *stage.needs]))
 
     def ordered(self) -> Iterator[str]:

@@ -152,10 +152,10 @@ def written_by_key(run: RunConfig) -> dict[str, Path]:
 
 
 def check_paths(run: RunConfig, coming: Collection[Path] = ()) -> None:
-    """Raise `UserError` for the first file or folder of the run that is missing; models in `coming` may be."""
+    """Raise `UserError` for the first file or folder of the run that is missing; what is in `coming` may be."""
     for key, file in (("data.train", run.data.train), ("data.dev", run.data.dev)):
         with looked_at(key):
-            require(file.is_file(), key, f"no such file: {file}")
+            require(file in coming or file.is_file(), key, f"no such file: {file}")
     if run.student.path not in coming:
         check_model_folder("student.path", run.student.path)
         check_length("data.max_length", run.data.max_length, run.student.path)

@@ -56,6 +56,10 @@ class TrainConfig:
             require(getattr(self, key) >= 0, key, f"must not be negative, got {getattr(self, key)}")
 
 
+Engine = Literal["dskd", "vllm"]
+"""What can generate answers."""
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     greedy: bool = False

@@ -3,14 +3,12 @@
 import glob
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
-from dskd.config.training import GenerationConfig
+from dskd.config.training import Engine, GenerationConfig
 from dskd.data.shard import Shard
 from dskd.evaluation.kept import identity_of
 from dskd.rundir.content import model_content, sum_of
-
-Engine = Literal["dskd", "vllm"]
+from dskd.rundir.layout import part_of
 
 
 @dataclass(frozen=True)
@@ -44,4 +42,4 @@ class Generation:
         return sorted(self.out.parent.glob(f"{glob.escape(self.out.name)}.*-of-*.partial"))
 
     def part(self, shard: Shard) -> Path:
-        return self.out.with_name(f"{self.out.name}.{shard.name}.partial")
+        return part_of(self.out, shard.index, shard.count)

@@ -7,21 +7,23 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError
 from dskd.config.load import load, load_run
-from dskd.config.pipeline import PipelineConfig, StageConfig
+from dskd.config.pipeline import GenerateConfig, PipelineConfig, StageConfig
 from dskd.config.run import RunConfig
 from dskd.config.stopping import UNFINISHED
 from dskd.launch import slurm
 from dskd.launch.mounts import base_of
 from dskd.launch.request import (
     Request,
+    analyze_request,
     cache_request,
     evaluate_request,
+    generate_request,
     make_request,
     report_request,
     train_request,
@@ -29,7 +31,7 @@ from dskd.launch.request import (
 from dskd.launch.submit import submission_text, submit
 from dskd.rundir.jobs import Jobs
 from dskd.rundir.layout import RunDirectory, evaluation_of
-from dskd.rundir.read import is_complete
+from dskd.rundir.read import is_complete, model_of
 from dskd.rundir.shard import read_shard, settings_sum
 
 
@@ -45,6 +47,8 @@ class Stage:
     """What it leaves: the best model of each training, or the student that it makes; they need not be there yet."""
     run: RunConfig | None = None
     """Of a stage that trains; the first, where there are several."""
+    texts: tuple[Path, ...] = ()
+    """Files of records that it or a stage before it writes; they need not be there yet."""
 
     @property
     def open(self) -> tuple[Request, ...]:
@@ -69,7 +73,7 @@ class Stage:
 def is_done(request: Request) -> bool:
     """Whether a job is complete. A shard of a cache is so only as long as its run file is the same."""
     if request.result is not None:
-        return request.result.is_dir()
+        return request.result.exists()
     directory = RunDirectory(request.directory)
     shard = read_shard(directory)
     same = shard is None or shard.settings == settings_sum(request.settings or "")
@@ -91,22 +95,28 @@ def read_stage(
 ) -> Stage:
     """One stage; `found` has those that it needs."""
     config, needs = pipeline.stages[name], pipeline.needs(name)
-    coming = [found[need].best for need in (config.teacher, config.student) if need]
-    settings = [f"output.name={json.dumps(name, ensure_ascii=False)}", *models_given(file, name, config, found)]
-    settings += [*pipeline.settings, *config.settings]
+    texts = tuple(text for need in needs for text in found[need].texts)
+    stage = Stage(name, needs, (), config.parallel, texts=texts)
     if config.make is not None:
-        request = make_request(config.make, name, config.hours, cluster)
-        return Stage(name, needs, (request,), models=(config.make.out,))
+        request = make_request(config.make, name, config.hours, cluster, texts)
+        return replace(stage, requests=(request,), models=(config.make.out,))
     if config.report is not None:
         runs = [request.directory for other in pipeline.reported(config) for request in found[other].requests]
-        return Stage(name, needs, (report_request(config.report, runs, name, config.hours, cluster),))
+        return replace(stage, requests=(report_request(config.report, runs, name, config.hours, cluster),))
     if config.evaluate is not None:
-        requests = tuple(evaluations(config, found[config.evaluate], cluster))
-        return Stage(name, needs, requests, config.parallel)
+        return replace(stage, requests=tuple(evaluations(config, found[config.evaluate], cluster)))
+    if config.analyze is not None:
+        return replace(stage, requests=tuple(analyses(file, name, config, found[config.analyze], cluster)))
+    if config.generate is not None:
+        requests = tuple(generations(name, config, config.generate, found, cluster))
+        return replace(stage, requests=requests, texts=(*texts, config.generate.out))
+    coming = [*texts, *(found[need].best for need in (config.teacher, config.student) if need)]
+    settings = [f"output.name={json.dumps(name, ensure_ascii=False)}", *models_given(file, name, config, found)]
+    settings += [*pipeline.settings, *config.settings]
     if config.cache is not None:
         run = load_run(file.parent / config.cache, settings)
         requests = tuple(cache_request(run, i, config.shards, cluster, coming) for i in range(config.shards))
-        return Stage(name, needs, requests, config.parallel)
+        return replace(stage, requests=requests)
     seeded = [
         [f"output.name={json.dumps(f'{name}-seed{seed}', ensure_ascii=False)}", f"train.seed={seed}"]
         for seed in config.train_seeds
@@ -114,7 +124,7 @@ def read_stage(
     runs_of = [load_run(file.parent / (config.run or ""), [*settings, *own]) for own in seeded or [[]]]
     requests = tuple(train_request(run, cluster, coming) for run in runs_of)
     models = tuple(RunDirectory(request.directory).best for request in requests)
-    return Stage(name, needs, requests, models=models, run=runs_of[0])
+    return replace(stage, requests=requests, models=models, run=runs_of[0])
 
 
 def models_given(file: Path, name: str, config: StageConfig, found: Mapping[str, Stage]) -> Iterator[str]:
@@ -135,6 +145,27 @@ def evaluations(config: StageConfig, trained: Stage, cluster: ClusterConfig) -> 
             for seeds in [config.seeds] if config.together else [(seed,) for seed in config.seeds]:
                 output = evaluation_of(model.parent, name, None if config.together else seeds[0])
                 yield evaluate_request(model, trained.base, data.absolute(), seeds, output, config, cluster)
+
+
+def analyses(file: Path, name: str, config: StageConfig, trained: Stage, cluster: ClusterConfig) -> Iterator[Request]:
+    """A job for each training. Raises `UserError` where there is no teacher to compare with."""
+    if trained.run is None or trained.run.teacher is None:
+        raise UserError(f"{file}: stages.{name}.analyze: {trained.name} has no teacher to compare its model with")
+    for model in trained.models:
+        yield analyze_request(trained.run, model.parent, config, name, cluster)
+
+
+def generations(
+    name: str, config: StageConfig, asked: GenerateConfig, found: Mapping[str, Stage], cluster: ClusterConfig
+) -> Iterator[Request]:
+    """A job for each share of the prompts, for the model of a stage or of a folder."""
+    if config.teacher is not None:
+        model, base = found[config.teacher].best, found[config.teacher].base
+    else:
+        model = model_of(asked.model or Path())
+        base = base_of(model)
+    for shard in range(config.shards):
+        yield generate_request(asked, shard, model, base, config, name, cluster)
 
 
 def refuse_twins(file: Path, stages: Iterable[Stage]) -> None:

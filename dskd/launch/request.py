@@ -9,10 +9,11 @@ from pathlib import Path
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError, require
 from dskd.config.load import is_plain, to_yaml
-from dskd.config.pipeline import MakeConfig, StageConfig
+from dskd.config.pipeline import GenerateConfig, MakeConfig, StageConfig
 from dskd.config.run import (
     RunConfig,
     accumulation_steps,
+    check_checkpoint,
     check_folder,
     check_model_folder,
     check_paths,
@@ -20,7 +21,7 @@ from dskd.config.run import (
 )
 from dskd.launch.container import rank_command
 from dskd.launch.mounts import Mount, evaluation_mounts, model_mounts, run_mounts
-from dskd.rundir.layout import RunDirectory
+from dskd.rundir.layout import RunDirectory, analysis_of, evaluation_of, part_of
 
 STATE_BYTES = 7
 """Bytes of one state for each byte of bf16 weights: weights, and fp32 weights and both moments of AdamW."""
@@ -31,7 +32,7 @@ class Request:
     """One job to submit."""
 
     directory: Path
-    """The run directory, or the folder of an evaluation; of a student or a report a folder for job/ alone."""
+    """The run directory, or the folder of an evaluation; of what becomes a file or a model a folder for job/ alone."""
     name: str
     command: tuple[str, ...]
     """What each rank runs."""
@@ -41,14 +42,14 @@ class Request:
     settings: str | None = None
     """Text of the run file that the ranks are given; None where there is none."""
     result: Path | None = None
-    """The folder that is there once the job is complete; None where `directory` tells."""
+    """The file or folder that is there once the job is complete; None where `directory` tells."""
 
 
 def train_request(run: RunConfig, cluster: ClusterConfig, coming: Collection[Path] = ()) -> Request:
     """The job of a training run.
 
     Args:
-        coming: models that earlier jobs will have written.
+        coming: models and records that earlier jobs will have written.
 
     Raises:
         UserError: for what cannot work there.
@@ -125,7 +126,7 @@ def evaluate_request(
 
 
 def evaluation_options(stage: StageConfig) -> list[str]:
-    """A stage's settings as options of `dskd evaluate`: all of them, so that no default can part the two."""
+    """A stage's settings as options of `dskd evaluate` and `generate`: all, so that no default can part the two."""
     settings = asdict(stage.generation) | {"bos": stage.bos, "precision": stage.precision, "processes": stage.processes}
     return [
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
@@ -134,15 +135,60 @@ def evaluation_options(stage: StageConfig) -> list[str]:
     ]
 
 
-def make_request(make: MakeConfig, name: str, hours: float | None, cluster: ClusterConfig) -> Request:
-    """The job that makes a student."""
+def generate_request(
+    asked: GenerateConfig,
+    shard: int,
+    model: Path,
+    base: Path | None,
+    stage: StageConfig,
+    name: str,
+    cluster: ClusterConfig,
+) -> Request:
+    """The job of one share of the answers to a file of prompts; the last one to find all of them writes the file.
+
+    Args:
+        base: the model that an adapter belongs to.
+    """
+    if asked.model is not None:
+        check_checkpoint(model)
+    require(asked.data.is_file(), "generate.data", f"no such file: {asked.data}")
+    check_folder("generate.out", asked.out.parent)
+    vllm = asked.engine == "vllm" and stage.processes not in (None, 1)
+    require(not vllm, "processes", "vLLM starts its own; leave it out")
+    which = [f"--data={asked.data}", f"--out={asked.out}", f"--shard={shard}/{stage.shards}"]
+    how = [f"--seed={asked.seed}", f"--engine={asked.engine}", *(["--whole"] if asked.whole else [])]
+    return on_one_node(
+        part_of(asked.out, shard, stage.shards).with_suffix(""),
+        name if stage.shards == 1 else f"{name}-{shard}",
+        ("generate", str(model), *which, *how, *evaluation_options(stage)),
+        evaluation_mounts(model, [asked.data], asked.out.parent, base),
+        stage.hours,
+        cluster,
+        asked.out,
+        stage.processes or 1,
+    )
+
+
+def analyze_request(run: RunConfig, directory: Path, stage: StageConfig, name: str, cluster: ClusterConfig) -> Request:
+    """The job that compares the best model of a run with its teacher, both of which need not be there yet."""
+    models = [run.teacher.path] if run.teacher is not None else []
+    mounts = [*run_mounts(run), *(mount for model in models for mount in model_mounts(model))]
+    arguments = ("analyze", str(directory), f"--records={stage.records}", f"--precision={stage.precision}")
+    out = evaluation_of(directory, "analysis")
+    return on_one_node(out, name, arguments, mounts, stage.hours, cluster, analysis_of(directory))
+
+
+def make_request(
+    make: MakeConfig, name: str, hours: float | None, cluster: ClusterConfig, coming: Collection[Path] = ()
+) -> Request:
+    """The job that makes a student; see `train_request`."""
     check_model_folder("make.model", make.model)
     check_folder("make.out", make.out)
     if make.tokenizer is not None:
         require_folder("make.tokenizer", make.tokenizer)
     files = {"make.records": make.records, "make.dev": make.dev}
     for key, file in files.items():
-        require(file is None or file.is_file(), key, f"no such file: {file}")
+        require(file is None or file in coming or file.is_file(), key, f"no such file: {file}")
     options = {field.name: getattr(make, field.name) for field in fields(make)}
     model, out = options.pop("model"), options.pop("out")
     given = [f"--{key}={value}" for key, value in options.items() if value is not None]
@@ -151,16 +197,16 @@ def make_request(make: MakeConfig, name: str, hours: float | None, cluster: Clus
         *(Mount.of(file) for file in files.values() if file),
         Mount.of(make.out.parent, writable=True),
     ]
-    return one_process(make.out, name, ("student", str(model), str(out), *given), mounts, hours, cluster, make.out)
+    return on_one_node(make.out, name, ("student", str(model), str(out), *given), mounts, hours, cluster, make.out)
 
 
 def report_request(page: Path, runs: Sequence[Path], name: str, hours: float | None, cluster: ClusterConfig) -> Request:
     """The job that writes a report about runs; it is never complete, so that a page knows all of the newest scores."""
     mounts = [*map(Mount.of, runs), Mount.of(page.parent, writable=True)]
-    return one_process(page, name, ("report", *map(str, runs), f"--out={page}"), mounts, hours, cluster)
+    return on_one_node(page, name, ("report", *map(str, runs), f"--out={page}"), mounts, hours, cluster)
 
 
-def one_process(
+def on_one_node(
     out: Path,
     name: str,
     arguments: Sequence[str],
@@ -168,14 +214,15 @@ def one_process(
     hours: float | None,
     cluster: ClusterConfig,
     result: Path | None = None,
+    processes: int = 1,
 ) -> Request:
-    """A job of one process that writes `out`; what is known of the job lies beside, in OUT.job."""
+    """A job that writes `out`; what is known of the job lies beside, in OUT.job."""
     request = Request(
         directory=out.with_name(f"{out.name}.job"),
         name=name,
         command=rank_command(cluster, arguments, mounts),
         nodes=1,
-        tasks_per_node=1,
+        tasks_per_node=processes,
         hours=hours or cluster.hours,
         result=result,
     )

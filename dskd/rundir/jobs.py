@@ -174,8 +174,9 @@ class Jobs:
         return "" if name is None else str(name)
 
     def answers(self) -> int:
-        """How many answers an evaluation under way has; the first line tells to what."""
-        return max(0, sum(1 for _ in read_json_lines(self.directory.path / PARTIAL_ANSWERS)) - 1)
+        """How many answers an evaluation under way has, or a part of a file; the first line tells to what."""
+        files = self.directory.path / PARTIAL_ANSWERS, self.directory.path.with_suffix(".partial")
+        return max(0, *(sum(1 for _ in read_json_lines(file)) - 1 for file in files))
 
     def kept(self) -> str:
         """The same in words."""

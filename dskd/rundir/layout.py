@@ -271,6 +271,11 @@ def evaluation_of(folder: Path, name: str, seed: int | None = None) -> Path:
     return evaluation if seed is None else evaluation / f"seed{seed}"
 
 
+def part_of(out: Path, index: int, count: int) -> Path:
+    """What task `index` of `count` has written so far of a file of answers."""
+    return out.with_name(f"{out.name}.{index:05}-of-{count:05}.partial")
+
+
 def rank_file(state: Path, rank: int) -> Path:
     """What one rank holds of weights and optimizer, in a state's folder."""
     return state / f"rank{rank}.safetensors"

@@ -55,6 +55,8 @@ TEXTS = {
     "pipe-typo.yaml": "stages: {first: {run: run.yaml}, b: {run: run.yaml, student: frist}}\n",
     "pipe-both.yaml": "stages: {first: {run: run.yaml, evaluate: first}}\n",
     "pipe-nodata.yaml": "stages: {first: {run: run.yaml}, b: {evaluate: first}}\n",
+    "pipe-nomodel.yaml": "stages: {a: {generate: {data: train.jsonl, out: texts.jsonl}}}\n",
+    "pipe-notaught.yaml": "settings: [method.kind=sft, teacher=null]\nstages: {a: {run: run.yaml}, b: {analyze: a}}\n",
     "pipe-norun.yaml": "stages: {first: {run: none.yaml}}\n",
     "pipe-setting.yaml": "stages: {first: {run: run.yaml, settings: [lr=3]}}\n",
     "train.jsonl": '{"prompt": "p", "output": "o"}\n' * 4,

@@ -75,8 +75,10 @@ PIPELINE = b"""\
 stages:
   teacher: {run: stage.yaml, settings: [train.lr=1e-4, train.seed=3, method.kind=sft]}
   student: {run: stage.yaml, teacher: teacher, hours: null}
+  texts: {generate: {data: d.jsonl, out: t.jsonl, seed: 4, whole: true}, teacher: teacher, shards: 2, bos: true}
+  near: {analyze: student, records: 9, precision: fp32}
   scores: {evaluate: student, data: [d.jsonl, ./e.jsonl], seeds: [1, 2], hours: 1, parallel: 3, after: [teacher]}
-description: Three stages.
+description: Five stages.
 """
 OVERRIDES = (
     b"train.lr=1e-4",

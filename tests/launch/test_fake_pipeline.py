@@ -73,6 +73,30 @@ def test_each_stage_waits_for_the_jobs_of_those_it_needs(slurm, file, runs):
     assert load_run(runs / "second/job/run.yaml").student.path == runs / "first/best"
 
 
+def test_records_are_written_before_a_run_that_reads_them_and_compared_after_it(slurm, make_run, tmp_path):
+    out, run = tmp_path / "texts.jsonl", make_run(tmp_path)
+    file = tmp_path / "texts.yaml"
+    file.write_text(f"""
+stages:
+  near: {{analyze: distil}}
+  distil: {{run: run.yaml, settings: [data.train={out}], after: [texts]}}
+  texts: {{generate: {{data: {tmp_path}/train.jsonl, out: {out}}}, teacher: sft, shards: 2}}
+  sft: {{run: run.yaml, settings: [method.kind=sft, teacher=null]}}
+""")
+    assert pipeline(slurm, file) == ["sft: job 101", "texts: jobs 102_0 to 102_1", "distil: job 103", "near: job 104"]
+    assert [waits(slurm, id_) for id_ in ("102", "103", "104")] == ["afterok:101", "afterok:102", "afterok:103"]
+    shares = [tmp_path / f"texts.jsonl.0000{shard}-of-00002.job" for shard in (0, 1)]
+    assert [Jobs.at(share).read().id for share in shares] == ["102_0", "102_1"]
+    (distil,) = tmp_path.glob("outputs/*/*/distil")
+    assert Jobs.at(distil / "eval/analysis.job").read().id == "104"
+    for id_ in ("102_0", "102_1"):
+        slurm.change(id_, state="COMPLETED")
+    out.write_text((tmp_path / "train.jsonl").read_text())
+    assert pipeline(slurm, file)[1:3] == ["texts: 2 of 2 complete already", "distil: in the queue already as 103"]
+    assert load_run(distil / "job/run.yaml").data.train == out
+    assert run.exists()
+
+
 def test_called_again_it_submits_nothing_that_is_in_the_queue(slurm, file):
     pipeline(slurm, file)
     slurm.run("101")

@@ -90,6 +90,13 @@ AROUND = (
         "tests/launch/test_fake_pipeline.py",
     ),
     Mutant(
+        "stages that take the keys of others",
+        "dskd/config/pipeline.py",
+        'used = field.name in (kind, "after", *USED[kind])',
+        "used = True",
+        "tests/config/test_pipeline.py",
+    ),
+    Mutant(
         "stages that wait for nothing",
         "dskd/launch/submit.py",
         '"dependency": f"afterok:{\':\'.join(after)}" if after else None,',
