@@ -73,7 +73,7 @@ def test_logs_can_be_followed_until_the_run_has_ended(run, local):
     assert "ranks 0 to 0, got 1" in dskd("logs", "--rank", 1, directory, code=2)
 
 
-def test_a_pipeline_trains_distils_and_evaluates_and_repeats_nothing(run, local, tmp_path):
+def test_a_pipeline_trains_writes_distils_and_evaluates_and_repeats_nothing(run, local, tmp_path):
     root = run.parent
     pipeline = root / "pipeline.yaml"
     teacher = YAML(typ="safe", pure=True).load(run)["teacher"]["path"]
@@ -86,10 +86,18 @@ stages:
     precision: fp32
     generation: {{max_length: 64, max_prompt_length: 32}}
     parallel: 2
+  near: {{analyze: student, records: 4, precision: fp32}}
   student:
     run: run.yaml
     teacher: teacher
-    settings: [method.kind=dskd_cma, train.max_steps=2]
+    settings: [method.kind=dskd_cma, train.max_steps=2, data.train={root}/texts.jsonl]
+    after: [texts]
+  texts:
+    generate: {{data: {root}/train.jsonl, out: {root}/texts.jsonl}}
+    teacher: teacher
+    shards: 2
+    precision: fp32
+    generation: {{max_length: 40, max_prompt_length: 32}}
   teacher:
     run: run.yaml
     settings: ["student.path={teacher}", teacher=null, train.max_steps=2]
@@ -101,11 +109,20 @@ stages:
         found = json.loads((directory / "results.json").read_text())
         assert found["checkpoint"].endswith("dskd_cma/student/best")
         assert f"\n  ROUGE-L {found['rougel']['mean']:.2f}\n" in dskd("status", directory)
+    wait_for(evaluations / "analysis.job", "finished")
+    assert json.loads((evaluations.parent / "analysis.json").read_text())["records"] <= 4
+    card = json.loads((root / "texts.jsonl.card.json").read_text())
+    assert (card["prompts"], card["records"]) == (40, len((root / "texts.jsonl").read_text().splitlines()))
+    began = Jobs.at(evaluations.parent).starts()[0].time
+    for share in ("00000-of-00002", "00001-of-00002"):
+        assert Jobs.at(root / f"texts.jsonl.{share}.job").starts()[0].ended <= began
     again = dskd("pipeline", pipeline, "--cluster", local)
     assert "job " not in again
     assert "4 of 4 complete already" in again
     here = dskd("pipeline", pipeline, "--local")
-    assert here.splitlines() == ["teacher: complete", "student: complete", "scores: complete"]
+    assert sorted(here.splitlines()) == [
+        f"{name}: complete" for name in ("near", "scores", "student", "teacher", "texts")
+    ]
 
 
 def test_what_can_no_longer_run_is_cancelled(run, local, tmp_path):
