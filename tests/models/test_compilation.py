@@ -22,7 +22,7 @@ LAYERS = {"num_hidden_layers": 1}  # equal layers share what is compiled
 
 @pytest.fixture
 def graphs(monkeypatch, request):
-    """What was compiled: traced anew, and as far as `request.param` goes; code is generated for a GPU alone."""
+    """What was compiled: traced anew, and as far as `request.param` goes; code is generated in tests/faults alone."""
     found, compiler = [], lookup_backend(request.param)
     torch._dynamo.reset()
 
