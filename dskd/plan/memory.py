@@ -202,10 +202,11 @@ def updating(step: Step) -> int:
 
 
 def activations(step: Step) -> int:
-    """What the student's forward pass keeps, and hidden states of the response tokens."""
+    """What the student's forward pass keeps, and hidden states of the response tokens with what is made of them."""
     kept = kept_activations(step.student, step.batch, step.size, step.engine.gradient_checkpointing, step.on_gpu)
     wide = step.teacher.hidden if step.teacher else 0
-    return kept + step.responses * step.size * (2 * step.student.hidden + 3 * wide)
+    states = step.size * (2 * step.student.hidden + 3 * wide) + FP32 * step.method.attention
+    return kept + step.responses * states
 
 
 def loss_passes(step: Step) -> Iterator[int]:
