@@ -116,13 +116,11 @@ def recipes(
     show_recipes(folder)
 
 
-def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for models and runs; each start makes a new run in it.")] = Path(
-        "outputs/quickstart"
-    ),
-    processes: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 1,
-) -> None:
-    """Distil a real 135 M-parameter teacher into a small student with another vocabulary, here and in minutes."""
+def quickstart() -> None:
+    """Distil a real 135 M-parameter teacher into a smaller student with another vocabulary, here and in minutes.
+
+    All of it goes to outputs/quickstart; what is complete there is not made again.
+    """
     from dskd.quickstart import quickstart as run_quickstart
 
-    run_quickstart(output, processes)
+    raise SystemExit(run_quickstart())

@@ -1,6 +1,6 @@
 """Five epochs from a teacher's cache, its making included, against a resident teacher: `python -m bench.teacher_cache`.
 
-The models of the quick start, dskd_cma, fp32: SmolLM2-135M as the teacher, and a student of 5.7 M parameters. The first
+The teacher and tokenizer of the quick start, dskd_cma, fp32: SmolLM2-135M, and a student of 5.7 M parameters. The first
 records of a file that is named, else made ones in the lengths of Dolly. CPU seconds of one thread, data included; the
 share of a step that waits for data is measured with one worker process, as in a run. Beside the ratio stands the one
 that `dskd plan` foretells of the same run; and how far states in bf16 differ, whose batches have other padding.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from support.tiny import write_records
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.measure import one_thread
 from bench.training_step import DOLLY
@@ -30,7 +31,7 @@ from dskd.launch.ranks import free_port, rank_environment
 from dskd.plan.forecast import Forecast
 from dskd.plan.machine import this_machine
 from dskd.plan.models import read_models
-from dskd.quickstart import write_student, write_teacher
+from dskd.quickstart import write_teacher, write_tokenizer
 from dskd.teachers.cache.write import write_cache
 from dskd.train import train_step
 
@@ -46,6 +47,23 @@ def made_records(count: int) -> list[dict[str, object]]:
         {"prompt": f"{i} {' '.join(text[:prompt])}", "output": " ".join(text[:response])}
         for i, (text, (prompt, response)) in enumerate(zip(texts, lengths, strict=True))
     ]
+
+
+def write_student(folder: Path) -> None:
+    """A small new Llama with the tokenizer of Mistral 7B."""
+    write_tokenizer(folder)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def make_run(root: Path, file: str | None) -> RunConfig:

@@ -30,7 +30,7 @@ WORDS = {
     "settings": ("prefix", "default"),
     "teacher": ("cache",),
     "recipes": ("jobs",),
-    "quickstart": ("--processes", "teacher"),
+    "quickstart": ("outputs/quickstart", "teacher"),
 }
 login = pytest.mark.skipif(not LOGIN.is_file(), reason="no environment without torch: make .venv-login/ready")
 
