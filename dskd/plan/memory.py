@@ -124,6 +124,7 @@ def phases(step: Step) -> dict[str, Parts]:
         "teacher": between + Parts(teacher=teacher_running(step)),
         "gather": with_activations + Parts(weights=in_flight(step)),
         "loss": with_activations + Parts(loss=max(loss_passes(step))),
+        "attention": with_activations + attention(step),
         "backward": with_activations + Parts(activations=transient, loss=head * size, gradients=first_in_bucket(step)),
         "reduce": held + Parts(gradients=reducing(step), weights=gathered(step)),
         "update": held + Parts(gradients=accumulated(step) // updaters(step), optimizer=updating(step)),
@@ -202,11 +203,10 @@ def updating(step: Step) -> int:
 
 
 def activations(step: Step) -> int:
-    """What the student's forward pass keeps, and hidden states of the response tokens with what is made of them."""
+    """What the student's forward pass keeps, and hidden states of the response tokens."""
     kept = kept_activations(step.student, step.batch, step.size, step.engine.gradient_checkpointing, step.on_gpu)
     wide = step.teacher.hidden if step.teacher else 0
-    states = step.size * (2 * step.student.hidden + 3 * wide) + FP32 * step.method.attention
-    return kept + step.responses * states
+    return kept + step.responses * step.size * (2 * step.student.hidden + 3 * wide)
 
 
 def loss_passes(step: Step) -> Iterator[int]:
@@ -225,6 +225,14 @@ def loss_passes(step: Step) -> Iterator[int]:
             cast = step.size * chunk * max(widths) if step.is_bf16 else 0
             product = head * (step.size + FP32) if widened else 0  # of a chunk, widened before it is added
             yield summed + buffers + max(BLOCK_COPIES * FP32 * min(BLOCK_NUMBERS, chunk * max(widths)), cast + product)
+
+
+def attention(step: Step) -> Parts:
+    """Attention between the models in the backward pass, a group of records at a time; see `losses/dskd_cma.py`."""
+    room = step.engine.loss_memory_mb * MB
+    group = min(step.method.attention * step.responses, max(step.method.attention * step.batch.tokens, room))
+    head, projectors = step.student.head_weights * step.size, step.method.projectors * step.size
+    return Parts(loss=head + group, gradients=projectors)
 
 
 def teacher_held(step: Step) -> int:

@@ -7,6 +7,8 @@ from dskd.plan.shape import ModelShape
 
 RANK_NUMBERS = 8 * 2**13
 """Four tables of uld, each of 2**13 bins in fp32, which are two numbers in bf16."""
+GROUP_BYTES = 32
+"""Of attention between the models, for each number in the hidden states of both sides; see `losses/dskd_cma.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class MethodCost:
     beside: int = 0
     """Numbers that a token of a chunk takes beside its logits on a GPU: of this chunk, and of the last one still."""
     attention: int = 0
-    """Numbers in fp32 that are kept of a response token for attention between the models."""
+    """Bytes of a token of the records that the backward pass of attention between the models has at a time."""
 
 
 def method_cost(method: MethodConfig, student: ModelShape, teacher: ModelShape | None) -> MethodCost:
@@ -45,8 +47,8 @@ def method_cost(method: MethodConfig, student: ModelShape, teacher: ModelShape |
         head_flops=5 * own + 3 * other + 12 * d * wide,
         projectors=2 * d * wide,
     )
-    if method.kind == "dskd_cma":  # a third projector; query and key, and the values of both sides
-        return replace(dual, projectors=6 * d * wide, attention=5 * wide + d)
+    if method.kind == "dskd_cma":  # a third projector
+        return replace(dual, projectors=6 * d * wide, attention=GROUP_BYTES * (d + wide))
     if not isinstance(method, DskdV2Config):
         return dual
     dual = replace(dual, head_flops=dual.head_flops + own + other)

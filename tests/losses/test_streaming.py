@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import HEADS, assert_streamed_is_dense, case
+from support.cases import HEADS, WIDE, D, assert_streamed_is_dense, case
 from support.heads import means
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskd.config.methods import Divergence
-from dskd.losses import METHODS, streaming
+from dskd.losses import METHODS, dskd_cma, streaming
 from dskd.losses.kernels import plain
 from dskd.losses.streaming import StreamedLogits, chunk_size
 from dskd.losses.tensors import Head
@@ -28,6 +28,7 @@ DIVERGENCES = get_args(Divergence)
     bias=st.booleans(),
     chunk=st.integers(1, 7),
     block=st.integers(1, 100),
+    group=st.integers(1, 20),
     divergence=st.sampled_from(DIVERGENCES),
     label_smoothing=st.sampled_from([0.0, 0.1]),
     teacher_temperature=st.sampled_from([1.0, 1.5]),
@@ -42,6 +43,7 @@ def test_streamed_is_dense(
     bias,
     chunk,
     block,
+    group,
     divergence,
     label_smoothing,
     teacher_temperature,
@@ -64,6 +66,7 @@ def test_streamed_is_dense(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plain, "CHUNK_TOKENS", chunk)
         patch.setattr(plain, "BLOCK_CELLS", {"cpu": block})
+        patch.setattr(dskd_cma, "GROUP_BYTES", 2**20 // (group * (D + WIDE)))
         assert_streamed_is_dense(*made)
 
 
