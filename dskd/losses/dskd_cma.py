@@ -44,6 +44,7 @@ class DskdCma(DualSpace[DskdCmaConfig]):
         """Teacher states at the student's tokens [N_s, d], and student states at the teacher's tokens [N_t, D].
 
         Of what it takes to make them nothing is kept: the backward pass makes it again, a group of records at a time.
+        Gradients of the projectors are summed over the groups in their own type, as a large head's are over chunks.
         """
         # Looked up once: under ZeRO-3 that is a collective call, and ranks have other numbers of groups.
         embedded = torch.cat([self.student.embed(student.inputs), self.student.embed(student.labels)], -1)
