@@ -145,8 +145,8 @@ def show(console: Console, outcomes: Sequence[Outcome], report: Stage, minutes: 
     for o in outcomes:
         console.print(f"  {o.name}: {one_line(' '.join(o.answer.split()), 200)}", markup=False, soft_wrap=True)
     console.print(
-        f"{minutes:.1f} minutes. 110 steps on 446 short questions are a try-out: DSKD-CMA has to learn its projectors\n"
-        "first, and was ahead of SFT by five deviations after 543 steps on 5,797 records: see jobs/README.md"
+        f"{minutes:.1f} minutes, a try-out: in 110 steps on 446 short questions DSKD-CMA can hardly learn its projectors.\n"
+        "After 3 epochs of 5,797 records on a GPU it was well ahead of SFT: jobs/README.md"
     )
     page = report.requests[0].result
     console.print(f"Report: {page}", soft_wrap=True)
