@@ -19,7 +19,8 @@ from transformers.utils import logging as hf_logging
 from dskd.config.cluster import ClusterConfig
 from dskd.config.errors import UserError, one_line
 from dskd.config.recipes import recipes_folder
-from dskd.launch.pipeline import Stage, read_pipeline, run_here
+from dskd.launch.here import run_here
+from dskd.launch.pipeline import Stage, read_pipeline
 from dskd.report.statistics import deviation
 from dskd.rundir.files import as_user_error, published, read_json_lines
 from dskd.rundir.layout import ANSWERS, RunDirectory
@@ -145,7 +146,7 @@ def show(console: Console, outcomes: Sequence[Outcome], report: Stage, minutes: 
     for o in outcomes:
         console.print(f"  {o.name}: {one_line(' '.join(o.answer.split()), 200)}", markup=False, soft_wrap=True)
     console.print(
-        f"{minutes:.1f} minutes, a try-out: in 110 steps on 446 short questions DSKD-CMA can hardly learn its projectors.\n"
+        f"{minutes:.1f} minutes, a try-out: in 110 steps on 446 questions DSKD-CMA can hardly learn its projectors.\n"
         "After 3 epochs of 5,797 records on a GPU it was well ahead of SFT: jobs/README.md"
     )
     page = report.requests[0].result

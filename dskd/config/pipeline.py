@@ -16,7 +16,7 @@ MODELS = ("settings", "teacher", "student")
 ARRAY = ("hours", "parallel")
 ANSWERS = ("generation", "bos", "precision", "processes", *ARRAY)
 USED = {
-    "run": (*MODELS, "train_seeds"),
+    "run": (*MODELS, "train_seeds", "parallel"),
     "cache": (*MODELS, "shards", "parallel"),
     "generate": ("teacher", "shards", *ANSWERS),
     "evaluate": ("data", "suite", "data_root", "seeds", "together", *ANSWERS),
@@ -134,7 +134,8 @@ class StageConfig:
     hours: float | None = None
     """Time limit of a job; empty takes the cluster profile's. Of a training it stands in the run file."""
     parallel: int | None = None
-    """So many jobs of a stage at a time at most; empty: no limit."""
+    """So many jobs of a stage at a time at most; empty: no limit. Without Slurm at most one for each GPU, or processor
+    where there is none; empty: one."""
     after: tuple[str, ...] = ()
     """Further stages that must be finished before."""
 

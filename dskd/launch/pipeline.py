@@ -1,10 +1,8 @@
-"""A graph of stages: submitted with Slurm's dependencies, or run here one after the other."""
+"""A graph of stages, read, and submitted with Slurm's dependencies; `here.py` runs it without Slurm."""
 
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,7 +13,6 @@ from dskd.config.errors import UserError
 from dskd.config.load import load, load_run
 from dskd.config.pipeline import GenerateConfig, PipelineConfig, StageConfig
 from dskd.config.run import RunConfig
-from dskd.config.stopping import UNFINISHED
 from dskd.launch import slurm
 from dskd.launch.mounts import base_of
 from dskd.launch.request import (
@@ -217,7 +214,7 @@ def would_submit(stages: Sequence[Stage], cluster: ClusterConfig) -> Iterator[st
 
 
 def would_run(stages: Sequence[Stage]) -> Iterator[str]:
-    """What `run_here` would run, as text."""
+    """What `here.run_here` would run, as text."""
     for stage in stages:
         if not stage.open:
             yield f"# stage {stage.name}: complete"
@@ -249,30 +246,3 @@ def there_already(stage: Stage, queued: Sequence[str]) -> list[str]:
     complete = len(stage.requests) - len(stage.open)
     parts = [f"in the queue already as {', '.join(queued)}"] if queued else []
     return [*parts, *([f"{complete} of {len(stage.requests)} complete already"] if complete else [])]
-
-
-def run_here(stages: Sequence[Stage]) -> int:
-    """Run the stages on this machine, one job at a time; the exit code.
-
-    After a failure, what does not depend on it still runs. A job that wants to be run again ends all: so does this.
-    """
-    failed: set[str] = set()
-    for stage in stages:
-        missing = failed.intersection(stage.needs)
-        if missing:
-            print(f"{stage.name}: skipped, {', '.join(sorted(missing))} failed", file=sys.stderr)
-            failed.add(stage.name)
-            continue
-        for request in stage.open:
-            if request.settings is not None:
-                jobs = Jobs.at(request.directory)
-                jobs.write_file(jobs.folder.settings, request.settings)
-            print(f"{stage.name}: {request.directory}", flush=True)
-            code = subprocess.run(request.command, check=False).returncode
-            if code == UNFINISHED:
-                return UNFINISHED
-            if code:
-                failed.add(stage.name)
-        if stage.name not in failed:
-            print(f"{stage.name}: complete", flush=True)
-    return 1 if failed else 0

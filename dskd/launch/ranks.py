@@ -116,7 +116,7 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
             show_stacks(ranks, outputs)
         end(ranks)
         if failed is not None and codes[failed] != UNFINISHED:
-            show_tail(failed, outputs[failed])
+            show_tail(f"rank {failed} failed first", outputs[failed])
         return code
 
 
@@ -181,8 +181,9 @@ def end(ranks: Sequence[subprocess.Popen[bytes]], patience: float = 5.0) -> None
             process.wait()
 
 
-def show_tail(rank: int, output: IO[bytes] | None) -> None:
+def show_tail(what: str, output: IO[bytes] | None) -> None:
+    """Tell `what` failed, and the end of what it wrote, unless it wrote to this terminal."""
     if output is not None:
         output.seek(0)
         lines = output.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
-        print(f"rank {rank} failed first; the end of what it wrote:", *lines, sep="\n", file=sys.stderr)
+        print(f"{what}; the end of what it wrote:", *lines, sep="\n", file=sys.stderr)

@@ -14,8 +14,9 @@ from dskd.config.run import RunConfig, check_checkpoint
 from dskd.config.suites import NamedFile
 from dskd.launch import slurm
 from dskd.launch.clusters import find_cluster
+from dskd.launch.here import run_here
 from dskd.launch.mounts import base_of
-from dskd.launch.pipeline import Stage, read_pipeline, run_here, submit_pipeline, would_run, would_submit
+from dskd.launch.pipeline import Stage, read_pipeline, submit_pipeline, would_run, would_submit
 from dskd.launch.request import Request, evaluate_request, train_request
 from dskd.launch.status import Status, known_among, require_job, runs_under, statuses
 from dskd.launch.submit import submission_text, submit

@@ -48,7 +48,7 @@ stages:
 
 
 KEYS = """
-run: a run that trains; settings, teacher, student, train_seeds
+run: a run that trains; settings, teacher, student, train_seeds, parallel
 cache: a run; settings, teacher, student, shards, parallel
 generate: an object; teacher, shards, generation, bos, precision, processes, hours, parallel
 evaluate: b; data, suite, data_root, seeds, together, generation, bos, precision, processes, hours, parallel
