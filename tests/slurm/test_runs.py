@@ -50,19 +50,20 @@ def runs(slurm, profile, make_run, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     run = make_run(
         root,
-        train={"epochs": 4, "global_batch_size": 8},
+        train={"epochs": 8, "global_batch_size": 8},
         engine={"zero_stage": 3, "persistence_threshold": 0},
         launch={"processes": None, "nodes": 2},
     )
     two_nodes, others = profile(sbatch=FIRST_HALF), profile(sbatch=SECOND_HALF)
     (preempted,) = submit(run, "--cluster", two_nodes, "output.name=preempted")
     long = ["method.kind=sft", "launch.nodes=1", "train.micro_batch_size=1", "checkpoint.every_steps=5"]
-    (killed,) = submit(run, "--cluster", others, *long, "train.epochs=20", "eval.every_epochs=20", "output.name=killed")
-    node = kill_a_node(slurm, wait_for(killed, "running", state_step=10).nodes)
+    (killed,) = submit(run, "--cluster", others, *long, "train.epochs=30", "eval.every_epochs=30", "output.name=killed")
     wait_for(preempted, "running", step=3)
     ranks = rank_environments(preempted)
     command = ["sbatch", "--partition=high", "--nodelist=node[1-2]", "--nodes=2", "--exclusive", "--time=5"]
     subprocess.run([*command, "--output=/dev/null", "--wrap=sleep 5"], check=True, capture_output=True)
+    # After the other, which has fewer steps to be caught in.
+    node = kill_a_node(slurm, wait_for(killed, "running", state_step=10).nodes)
     (undisturbed,) = submit(run, "--cluster", two_nodes, "output.name=undisturbed")
 
     alone = ["method.kind=sft", "launch.processes=1", "launch.nodes=1"]
@@ -102,7 +103,7 @@ def test_a_run_on_a_killed_node_moves_and_goes_on_from_its_last_state(runs):
     assert runs.killed_node in hosts(lost.nodes)
     assert runs.killed_node not in hosts(second.nodes)
     assert second.step >= 10
-    assert steps(runs.on_a_killed_node) == list(range(1, 101))
+    assert steps(runs.on_a_killed_node) == list(range(1, 151))
 
 
 def test_a_preempted_run_is_bit_identical_to_the_one_left_alone(runs):
@@ -111,7 +112,7 @@ def test_a_preempted_run_is_bit_identical_to_the_one_left_alone(runs):
     assert status.restarts == ("preempted",)
     assert len(outcomes(runs.undisturbed)) == 1
     assert metrics(runs.preempted) == metrics(runs.undisturbed)
-    assert steps(runs.preempted) == list(range(1, 21))
+    assert steps(runs.preempted) == list(range(1, 41))
 
 
 def test_the_checkpoint_of_four_ranks_loads(runs):

@@ -46,7 +46,7 @@ def wait_for(directory: Path, *states: str, step: int = 0, state_step: int = 0, 
         (status,) = statuses([directory])
         if status.state in states and status.step >= step and status.state_step >= state_step:
             return status
-        wrong = status.state in ("failed", "cancelled", "gone") or time.monotonic() > deadline
+        wrong = status.state in ("failed", "cancelled", "gone", "finished") or time.monotonic() > deadline
         assert not wrong, f"{status}\n{everything_said(directory)}"
         time.sleep(1)
 
