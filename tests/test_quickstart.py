@@ -8,7 +8,7 @@ from rich.console import Console
 from dskd.config.cluster import ClusterConfig
 from dskd.config.recipes import recipes_folder
 from dskd.launch.pipeline import read_pipeline
-from dskd.quickstart import TRAINED, copy_records, outcome, show, summary
+from dskd.quickstart import REPORT, TRAINED, copy_records, outcome, show, summary
 from dskd.rundir.layout import ANSWERS, RESULTS, RunDirectory
 
 RECIPES = recipes_folder() / "quickstart"
@@ -36,6 +36,7 @@ def test_both_methods_train_one_student_alike_from_one_teacher_with_two_seeds(st
     assert cma.run.teacher.backend == "cache"
     assert [len(stage.requests) for stage in (sft, cma)] == [2, 2]
     assert {f"scores_{name}" for name in TRAINED} <= stages.keys()
+    assert any(part.endswith(str(REPORT.absolute())) for part in stages["report"].requests[0].command)
     assert set(stages["report"].needs) >= {"sft", "dskd_cma", "scores_sft", "scores_dskd_cma"}
 
 
@@ -63,7 +64,7 @@ def test_the_table_tells_mean_and_deviation_of_the_best_models(stages):
             (request.directory / ANSWERS).write_text(json.dumps(answered) + "\n")
     console = Console(record=True, width=120)
     outcomes = [outcome(text, stages[name], stages[f"scores_{name}"]) for name, text in TRAINED.items()]
-    show(console, outcomes, stages["report"], 2.5)
+    show(console, outcomes, 2.5)
     text = console.export_text()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert rows == [
@@ -73,7 +74,7 @@ def test_the_table_tells_mean_and_deviation_of_the_best_models(stages):
     ]
     assert "The first question of the test: Question: Why? Answer:" in text
     assert "DSKD-CMA: As dskd_cma." in text
-    assert str(stages["report"].requests[0].result) in text
+    assert f"Report: {REPORT.absolute()}\n" in text
 
 
 def test_one_number_has_no_deviation():
