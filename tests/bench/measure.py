@@ -11,6 +11,8 @@ from statistics import median
 
 import torch
 
+from dskd.cli import ENVIRONMENT
+
 
 def peak_bytes() -> int:
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
@@ -38,7 +40,7 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
 def in_own_process(module: str, *arguments: str) -> dict[str, float]:
     """What `python -m bench.MODULE ARGUMENTS` prints last, as JSON."""
     command = [sys.executable, "-m", f"bench.{module}", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = ENVIRONMENT | os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from support.tiny import Tiny, write_records
 
+from dskd.cli import ENVIRONMENT
 from dskd.config.load import load_run
 from dskd.config.run import RunConfig
 from dskd.launch.ranks import free_port, rank_environment
@@ -131,7 +132,7 @@ def make_cache(root: Path, case: str) -> None:
 def in_ranks(*arguments: str) -> str:
     """What the first of two ranks prints last."""
     hand_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "10000000", "OMP_NUM_THREADS": "1"}
-    base, port = os.environ | hand_back | {"PYTHONPATH": str(Path(__file__).parents[1])}, free_port()
+    base, port = ENVIRONMENT | os.environ | hand_back | {"PYTHONPATH": str(Path(__file__).parents[1])}, free_port()
     command = [sys.executable, "-m", *arguments]
     ranks = [
         subprocess.Popen(command, env=base | rank_environment(rank, RANKS, port), stdout=subprocess.PIPE, text=True)

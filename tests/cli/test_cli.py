@@ -266,15 +266,25 @@ def test_align_tells_how_many_tokens_match(tiny, tmp_path):
     assert mistake_of("align", tmp_path, folders[1]).startswith(f"dskd: TEACHER: no tokenizer loads from {tmp_path}")
 
 
-@pytest.mark.parametrize("own", [None, "active"])
-def test_threads_wait_without_spinning_whatever_the_verb_unless_the_user_says_otherwise(own):
+@pytest.mark.parametrize(
+    ("name", "own", "expected"),
+    [
+        ("OMP_WAIT_POLICY", None, "passive"),
+        ("OMP_WAIT_POLICY", "active", "active"),
+        ("THP_MEM_ALLOC_ENABLE", None, "1"),
+        ("THP_MEM_ALLOC_ENABLE", "0", "0"),
+    ],
+)
+def test_threads_wait_without_spinning_and_tensors_lie_on_huge_pages_unless_the_user_says_otherwise(
+    name, own, expected
+):
     program = "import os, sys; from dskd import cli; "
-    program += "cli.app = lambda **_: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules); cli.main()"
-    outside = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    set_by_user = {} if own is None else {"OMP_WAIT_POLICY": own}
+    program += f"cli.app = lambda **_: print(os.environ['{name}'], 'torch' in sys.modules); cli.main()"
+    outside = {each: value for each, value in os.environ.items() if each != name}
+    set_by_user = {} if own is None else {name: own}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=outside | set_by_user, check=True)
-    assert done.stdout == f"{own or 'passive'} False\n"
+    assert done.stdout == f"{expected} False\n"
 
 
 def test_collect_skips_what_is_no_run_and_says_so(tmp_path):
