@@ -71,7 +71,7 @@ def build_engine(module: nn.Module, projectors: nn.Module, run: RunConfig, confi
     if run.engine.offload != "none" and torch.cuda.is_available():
         optimizer: Any = DeepSpeedCPUAdam(groups, lr=lr, adamw_mode=True)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=lr, fused=torch.cuda.is_available() or None)
+        optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         # Stage 0 in bf16: to make its state, it has taken a step on gradients of 0, which decays and counts.
@@ -79,6 +79,8 @@ def build_engine(module: nn.Module, projectors: nn.Module, run: RunConfig, confi
             for weight, master in zip(low, high, strict=True):
                 master.data.copy_(weight.data)
         optimizer.state.clear()
+    if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:
+        engine.enable_backward_allreduce = False  # nothing to sum, and DeepSpeed would copy all gradients for it
     return engine
 
 

@@ -193,13 +193,10 @@ def updaters(step: Step) -> int:
 
 
 def updating(step: Step) -> int:
-    """fp32 gradients of what this rank updates, and what AdamW computes with where it is no fused kernel."""
-    if step.engine.offload != "none":
+    """fp32 gradients of what this rank updates; AdamW is a fused kernel, which takes nothing beside them."""
+    if step.engine.offload != "none" or not (step.engine.zero_stage or step.is_bf16):
         return 0
-    stage, own = step.engine.zero_stage, step.trained // step.share
-    gradient = own * FP32 if stage or step.is_bf16 else 0
-    largest = own if stage else min(own, step.student.largest_weight)
-    return gradient + (0 if step.on_gpu else 2 * largest * FP32)
+    return FP32 * (step.trained // step.share)
 
 
 def activations(step: Step) -> int:

@@ -59,11 +59,6 @@ class ModelShape:
         return self.body_weights // self.layers
 
     @property
-    def largest_weight(self) -> int:
-        """Numbers of the largest matrix."""
-        return max(self.head_weights, self.inner * self.hidden)
-
-    @property
     def attention_width(self) -> int:
         return self.heads * self.head_size
 
