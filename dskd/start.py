@@ -242,9 +242,9 @@ def stop_before_errors(flags: Flags) -> Iterator[None]:
     """Before the first step, an error after a request to stop is that stop: a library took it for one of its own."""
     try:
         yield
-    except Exception:
+    except Exception as error:
         if flags.stop_requested and flags.phase == "start":
-            raise Stopped from None
+            raise Stopped from error
         raise
 
 
