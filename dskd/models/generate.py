@@ -25,6 +25,8 @@ from dskd.models.compilation import as_written
 
 FIRST_TOKENS = 64
 """Tokens of an answer that a batch has room for from its start; most answers end before, and their rows leave."""
+CACHE_NAMES = ("past_key_values", "cache", "cache_params")
+"""What models call the cache that they are given: transformers before 5.24, since then, and state-space models."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Running:
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         self.model, self.rows = model, list(rows)
         self.takes = inspect.signature(causal.forward).parameters
-        if not {"past_key_values", "cache_params"} & self.takes.keys():
+        if not set(CACHE_NAMES) & self.takes.keys():
             raise UserError(f"{type(causal).__name__} takes no cache, without which dskd does not generate")
         self.cache = DynamicCache(config=causal.config)
         texts = [(*row.prompt.ids, *row.answer) for row in rows]
@@ -148,13 +150,8 @@ class Running:
     def logits(self) -> Tensor:
         """Logits [B, V] of each row's next token, fp32."""
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -self.input_ids.shape[1] :]
-        # Some models know their place by other means, and state-space models name their cache otherwise.
-        given = {
-            "position_ids": positions,
-            "logits_to_keep": 1,
-            "past_key_values": self.cache,
-            "cache_params": self.cache,
-        }
+        # Some models know their place by other means.
+        given = {"position_ids": positions, "logits_to_keep": 1} | dict.fromkeys(CACHE_NAMES, self.cache)
         options = {name: value for name, value in given.items() if name in self.takes}
         output = self.model(input_ids=self.input_ids, attention_mask=self.mask, use_cache=True, **options)
         logits: Tensor = output.logits[:, -1].float()
